@@ -1,0 +1,61 @@
+"""Every error that Preble raises on purpose.
+
+One root, `PrebleError`; below it, what the caller did wrong (`InvalidRequest`, `CheckpointError`, `DeviceError`,
+`ClusterStateError`) is kept apart from what went wrong while serving (`RequestTimeout`, `ReplicaCrashed`,
+`RequestFailed`). The classes also derive from the closest builtin, so that `except ValueError` works as expected.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from preble.outputs import GenerationOutput
+
+
+class PrebleError(Exception):
+    """The root of everything Preble raises on purpose."""
+
+
+class InvalidRequest(PrebleError, ValueError):
+    """A prompt, sampling value or hint cannot be served. Raised before any work is queued."""
+
+
+class UnknownOption(InvalidRequest, TypeError):
+    """A keyword that no Preble call knows, with the closest known one."""
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt leaves no room for one token in the model's context or in a replica's KV pages."""
+
+
+class CheckpointError(PrebleError):
+    """A model folder cannot be loaded; the message names the file or the tensors."""
+
+
+class UnsupportedModel(CheckpointError):
+    """The checkpoint is intact, but its architecture, quantization or position encoding is not supported."""
+
+
+class DeviceError(PrebleError):
+    """A device does not exist, or lacks the memory for the weights and the KV pages asked for."""
+
+
+class ClusterStateError(PrebleError, RuntimeError):
+    """A cluster was used before `async with` entered it, after it left, or was entered twice."""
+
+
+class RequestTimeout(PrebleError, TimeoutError):
+    """The request's `timeout` passed. `partial` holds what had been generated, `None` before the first token."""
+
+    def __init__(self, message: str, partial: GenerationOutput | None = None) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
+class RequestFailed(PrebleError, RuntimeError):
+    """The engine could not continue this one request (the logits became NaN, say). Others are not affected."""
+
+
+class ReplicaCrashed(PrebleError, RuntimeError):
+    """The replica that ran the request stopped on an internal error; the cause is chained."""
