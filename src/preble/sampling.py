@@ -1,0 +1,166 @@
+"""How the next token is chosen: `SamplingParams`, checked when it is made."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import Any
+
+from preble.errors import InvalidRequest, UnknownOption
+
+MAX_LOGPROBS = 64
+"""The largest `logprobs` a request may ask for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """What a request asks of the sampler. Every value is checked here, before any work is queued.
+
+    Order of operations on the logits of one position: `logit_bias`, penalties, `min_tokens`, `temperature`, then
+    `top_k`, `top_p`, `min_p` in that order. Sampling is a function of the seed, the position and these logits alone,
+    so a request gives the same text in any batch and on any replica.
+
+    Raises:
+        InvalidRequest: a value is out of its range, or two values contradict each other.
+    """
+
+    max_tokens: int = 256
+    """The most tokens to generate; fewer when the context or a replica's KV pages end sooner."""
+    min_tokens: int = 0
+    """No stop token may end the text, and no stop string is looked for, before this many tokens."""
+    temperature: float = 1.0
+    """0 is greedy; 1 samples from the model's own distribution."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with at least this probability, in (0, 1]."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less probable than `min_p` times the most probable one, in [0, 1]."""
+    repetition_penalty: float = 1.0
+    """Divide positive and multiply negative logits of tokens seen in prompt or output (CTRL, Keskar et al. 2019)."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each token already generated, in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once for each time it was generated, in [-2, 2]."""
+    seed: int | None = None
+    """`None` derives one from the cluster's seed and the request id."""
+    n: int = 1
+    """How many continuations; continuation i uses `seed + i`."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are cut from it. One string or a sequence of them."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the text, besides the checkpoint's end-of-sequence tokens."""
+    ignore_eos: bool = False
+    """Go on past the checkpoint's end-of-sequence tokens."""
+    logprobs: int | None = None
+    """Report the log-probability of each token and of this many most probable ones, before any of the above."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, value added to its logit); a mapping is accepted. -inf bans a token."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "n"):
+            self._integer(name, low=1)
+        for name in ("min_tokens", "top_k"):
+            self._integer(name, low=0)
+        self._number("temperature", 0.0, math.inf)
+        self._number("top_p", 0.0, 1.0, open_low=True)
+        self._number("min_p", 0.0, 1.0)
+        self._number("repetition_penalty", 0.0, math.inf, open_low=True)
+        self._number("presence_penalty", -2.0, 2.0)
+        self._number("frequency_penalty", -2.0, 2.0)
+        if self.seed is not None:
+            self._integer("seed", low=0, high=2**63 - 1)
+        if self.logprobs is not None:
+            self._integer("logprobs", low=0, high=MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidRequest(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        if self.min_tokens > self.max_tokens:
+            raise InvalidRequest(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        if self.temperature == 0.0 and self.n > 1:
+            raise InvalidRequest(
+                f"n={self.n} with temperature=0 would give {self.n} equal texts: raise temperature, or ask for n=1"
+            )
+
+    @classmethod
+    def from_options(cls, base: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+        """`base` (or the defaults) with `options` laid over it; a keyword no one knows is named."""
+        known = {field.name for field in fields(cls)}
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, sorted(known | REQUEST_OPTIONS), n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise UnknownOption(f"unknown option {name!r}{hint}")
+        if base is None:
+            return cls(**options)
+        if not isinstance(base, cls):
+            raise InvalidRequest(f"sampling must be a SamplingParams, not {type(base).__name__}")
+        return replace(base, **options) if options else base
+
+    def check_vocabulary(self, vocabulary_size: int) -> None:
+        """Reject token ids that the model does not have."""
+        for name, token_ids in (
+            ("stop_token_ids", self.stop_token_ids),
+            ("logit_bias", [token for token, _ in self.logit_bias]),
+        ):
+            for token in token_ids:
+                if token >= vocabulary_size:
+                    raise InvalidRequest(f"{name}: token id {token} is not below the vocabulary size {vocabulary_size}")
+
+    def _integer(self, name: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise InvalidRequest(f"{name} must be an integer, not {value!r}")
+        if value < low or (high is not None and value > high):
+            allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise InvalidRequest(f"{name} must be {allowed}, not {value}")
+        object.__setattr__(self, name, int(value))
+
+    def _number(self, name: str, low: float, high: float, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise InvalidRequest(f"{name} must be a finite number, not {value!r}")
+        if value > high or value < low or (open_low and value == low):
+            bounds = f"{'above' if open_low else 'at least'} {low:g}"
+            if high != math.inf:
+                bounds += f" and at most {high:g}"
+            raise InvalidRequest(f"{name} must be {bounds}, not {value}")
+        object.__setattr__(self, name, float(value))
+
+
+REQUEST_OPTIONS = frozenset({"sampling", "priority", "timeout", "namespace", "request_id"})
+"""What `generate` takes besides sampling values; known here so that a misspelling finds its neighbour."""
+
+
+def _stop_strings(value: object) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
+    if not isinstance(strings, Sequence) or not all(isinstance(one, str) for one in strings):
+        raise InvalidRequest(f"stop must be a string or a sequence of strings, not {value!r}")
+    if "" in strings:
+        raise InvalidRequest("stop: an empty string would end every text at once")
+    return tuple(strings)
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise InvalidRequest(f"{name} must be a sequence of token ids, not {value!r}")
+    for token in value:
+        if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
+            raise InvalidRequest(f"{name} must hold non-negative integers, not {token!r}")
+    return tuple(int(token) for token in value)
+
+
+def _biases(value: object) -> tuple[tuple[int, float], ...]:
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, Sequence) or not all(isinstance(one, tuple) and len(one) == 2 for one in pairs):
+        raise InvalidRequest(f"logit_bias must map token ids to numbers, not {value!r}")
+    _token_ids("logit_bias", [token for token, _ in pairs])
+    for token, bias in pairs:
+        if isinstance(bias, bool) or not isinstance(bias, Real) or math.isnan(bias) or bias == math.inf:
+            raise InvalidRequest(f"logit_bias[{token}] must be a number below infinity, not {bias!r}")
+    return tuple((int(token), float(bias)) for token, bias in pairs)
