@@ -146,7 +146,8 @@ class RadixTree(Generic[N]):
             assert np.array_equal(node.hashes, expected)
 
     def _key(self, node: Node) -> bytes:
-        return node.tokens[: self.page_size].tobytes()
+        key: bytes = node.tokens[: self.page_size].tobytes()
+        return key
 
     def _split_payload(self, upper: N, lower: N, pages: int) -> None:
         """Divide what `lower` carried: its first `pages` pages are now `upper`."""
