@@ -1,0 +1,105 @@
+"""A request as a replica sees it: its tokens, how many have KV, and on which pages."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from preble.sched.block_table import BlockTable
+from preble.sched.hashing import Tokens
+from preble.sched.prefix_cache import CachedRun
+
+
+class Sequence:
+    """One request on one replica. `tokens[:length]` are prompt and output; the KV of `tokens[:computed]` is on the pages
+    of `table`.
+
+    Args:
+        request_id: unique on the replica.
+        token_ids: int32 [n], the prompt, and behind it any output generated before on another replica.
+        prompt_length: how many of `token_ids` are prompt.
+        max_length: prompt and output never grow past this.
+        namespace: prefixes are shared only within one.
+        priority: higher is served first.
+        deadline: seconds on the caller's clock; among equals of priority the earliest is served first.
+        payload: whatever the engine keeps for the request.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "admitted",
+        "cached",
+        "computed",
+        "deadline",
+        "length",
+        "max_length",
+        "namespace",
+        "node",
+        "payload",
+        "preemptions",
+        "priority",
+        "prompt_length",
+        "request_id",
+        "serial",
+        "table",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        token_ids: Tokens,
+        *,
+        prompt_length: int,
+        max_length: int,
+        namespace: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+        payload: Any = None,
+    ) -> None:
+        self.request_id = request_id
+        self.length = len(token_ids)
+        self.prompt_length = prompt_length
+        self.max_length = max_length
+        self.namespace = namespace
+        self.priority = priority
+        self.deadline = math.inf if deadline is None else deadline
+        self.payload = payload
+        self.computed = 0
+        self.cached = 0
+        """Tokens found in the cache when the request was first admitted."""
+        self.admitted = False
+        """Whether the request was ever admitted; after a preemption it still was."""
+        self.preemptions = 0
+        self.serial = 0
+        """Arrival order on the replica; kept through preemption."""
+        self.node: CachedRun | None = None
+        """The locked part of the prefix cache; `None` while waiting."""
+        self.table = BlockTable()
+        self._buffer = np.empty(min(max_length, self.length + 64), np.int32)
+        self._buffer[: self.length] = token_ids
+
+    @property
+    def tokens(self) -> Tokens:
+        """int32 [length]: prompt and output so far, a view."""
+        return self._buffer[: self.length]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose KV is still to be computed; 1 for a request that decodes."""
+        return self.length - self.computed
+
+    @property
+    def generated(self) -> int:
+        """Output tokens so far."""
+        return self.length - self.prompt_length
+
+    def append(self, token: int) -> None:
+        """Add a generated token."""
+        if self.length == len(self._buffer):
+            grown = np.empty(min(self.max_length, 2 * self.length), np.int32)
+            grown[: self.length] = self._buffer
+            self._buffer = grown
+        self._buffer[self.length] = token
+        self.length += 1
