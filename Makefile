@@ -1,0 +1,44 @@
+# Every target installs what it needs into .venv first; nothing else has to be set up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test test-long lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       install, then serve shared-prefix prompts on several replicas and show what happened"
+	@echo "make test       install, then run the test suite"
+	@echo "make test-long  the slow rest of the test suite"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      the engine against transformers (and llama.cpp where it is installed)"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Preble needs Python 3.11 or newer; try: make PYTHON=python3.12"; exit 1; }
+	@echo "==> installing into $(VENV) (about 2 GB, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/python -m preble demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest -m long
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m preble bench engine --json bench-results/engine.json
+
+clean:
+	rm -rf $(VENV) bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -44,9 +44,14 @@ class ForwardBatch:
 
 
 class Model(Protocol):
-    """A causal language model over a paged KV cache."""
+    """A causal language model over a paged KV cache. Read-only while serving: replicas of a device share one."""
 
     config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    """Of the KV cache and the activations."""
+    attention: str
+    """Name of the attention backend, for `stats`."""
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> torch.Tensor:
         """Write K and V of the new tokens to their slots and return fp32 logits [R, vocabulary]."""

@@ -1,0 +1,583 @@
+"""The cluster: what an application embeds. One engine per replica, one scheduler over them, an async front."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import count
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+
+from preble.errors import (
+    ClusterStateError,
+    InvalidRequest,
+    PrebleError,
+    PromptTooLong,
+    ReplicaCrashed,
+)
+from preble.flight import Branch, Flight, request_failed
+from preble.outputs import ClusterStats, GenerationOutput, ReplicaStats
+from preble.prompts import Prompt, check_text, prompt_tokens
+from preble.sampling import SamplingParams
+from preble.stream import Stream
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from preble.engine.messages import StepReport
+    from preble.replica.base import Replica
+    from preble.replica.launch import Launched
+    from preble.sched import GlobalScheduler, Placement, Waiting
+    from preble.sched.hashing import Tokens
+    from preble.sched.policies import Policy
+
+logger = logging.getLogger("preble.cluster")
+
+LONG_TEXT = 2_000
+"""Characters from which a prompt is tokenized in a worker thread, so that the event loop never waits for it."""
+
+Message = Mapping[str, Any]
+
+
+class Cluster:
+    """Serves a model on several replicas; `async with` starts and stops them.
+
+    ```python
+    async with preble.Cluster("path/to/model", replicas=2) as cluster:
+        output = await cluster.generate("Once upon a time", max_tokens=64)
+    ```
+
+    Args:
+        model: a checkpoint folder, a hub id whose files are in the local cache or can be fetched, or `"demo"`.
+        replicas: how many engines; one per device by default.
+        devices: torch device names, one per replica or fewer (then shared in turn); every visible GPU by default, else
+            the CPU.
+        policy: name of a placement policy, or an object of your own (`preble.sched.policies.Policy`).
+        workers: `"thread"` runs replicas as threads of this process; `"auto"` chooses.
+        dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`. `"auto"` takes the checkpoint's own type where the
+            device computes in it, else float32.
+        page_size: tokens in a KV page; prefixes are shared in whole pages.
+        kv_memory: bytes of KV per replica, or a string such as `"2GiB"`. By default a quarter of the free memory,
+            divided among the replicas on a device, at most 4 GiB each on the CPU.
+        max_batched_tokens: tokens one step computes at most; prompts are cut into chunks of this.
+        max_running: requests that one replica runs at once, at most.
+        max_pending: requests accepted and not finished, at most; `generate` waits for its turn beyond that.
+        seed: makes placement ties and unseeded sampling repeatable.
+
+    Raises:
+        CheckpointError: on entering, when the model cannot be loaded.
+        DeviceError: on entering, when a device does not exist or has too little memory.
+        InvalidRequest: at once, when an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str] = "demo",
+        *,
+        replicas: int | None = None,
+        devices: Sequence[str] | None = None,
+        policy: str | Policy = "e2",
+        workers: Literal["auto", "thread"] = "auto",
+        dtype: str = "auto",
+        page_size: int = 64,
+        kv_memory: int | str | None = None,
+        max_batched_tokens: int = 1024,
+        max_running: int = 256,
+        max_pending: int = 4096,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (
+            ("replicas", replicas),
+            ("page_size", page_size),
+            ("max_batched_tokens", max_batched_tokens),
+            ("max_running", max_running),
+            ("max_pending", max_pending),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InvalidRequest(f"{name} must be a positive integer, not {value!r}")
+        if workers not in ("auto", "thread"):
+            raise InvalidRequest(f"workers must be 'auto' or 'thread', not {workers!r}")
+        if isinstance(devices, str):
+            raise InvalidRequest(f"devices must be a sequence of names, such as [{devices!r}]")
+        if devices is not None and not devices:
+            raise InvalidRequest("devices is empty; leave it out to use every visible GPU, or the CPU")
+        self._model = model
+        self._replicas = replicas
+        self._devices = devices
+        self._policy = policy
+        self._dtype = dtype
+        self._page_size = page_size
+        self._kv_memory = kv_memory
+        self._max_batched_tokens = max_batched_tokens
+        self._max_running = max_running
+        self._max_pending = max_pending
+        self._seed = seed
+        self._state: Literal["new", "open", "closed"] = "new"
+        self._ids = count(1)
+        self._flights: dict[str, Flight] = {}
+        self._branches: dict[str, Branch] = {}
+        self._stats: dict[int, ReplicaStats] = {}
+        self._placements: dict[str, int] = {}
+
+    # Starting and stopping
+
+    async def __aenter__(self) -> Self:
+        if self._state != "new":
+            raise ClusterStateError("a cluster is entered once; make a new one")
+        from preble.replica.launch import launch, load
+        from preble.sched import GlobalScheduler
+
+        native = anyio.lowlevel.current_token().native_token
+        # asyncio's loop and trio's token each have a thread-safe way in, under different names.
+        self._post: Callable[..., object] = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
+        loaded = await anyio.to_thread.run_sync(
+            lambda: load(
+                self._model,
+                replicas=self._replicas,
+                devices=self._devices,
+                dtype=self._dtype,
+                page_size=self._page_size,
+                kv_memory=self._kv_memory,
+                max_batched_tokens=self._max_batched_tokens,
+                max_running=self._max_running,
+            )
+        )
+        self._scheduler: GlobalScheduler = GlobalScheduler(
+            replicas=len(loaded.engines),
+            capacity_tokens=loaded.capacity_tokens,
+            page_size=self._page_size,
+            policy=self._policy,
+            seed=self._seed,
+        )
+        self._launched: Launched = launch(loaded, self)
+        self._running: dict[int, Replica] = {replica.number: replica for replica in self._launched.replicas}
+        self._stats = {stats.replica: stats for stats in self._launched.stats}
+        self._slots = anyio.Semaphore(self._max_pending)
+        self._state = "open"
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._state = "closed"
+        for flight in list(self._flights.values()):
+            self._end(flight, ClusterStateError(f"request {flight.request_id!r}: the cluster was closed"))
+        replicas = self._launched.replicas
+        for replica in replicas:
+            replica.stop()
+        with anyio.CancelScope(shield=True):
+            for replica in replicas:
+                await anyio.to_thread.run_sync(replica.join)
+            await anyio.to_thread.run_sync(self._launched.close)
+
+    # Requests
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: SamplingParams | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        namespace: str = "",
+        request_id: str | None = None,
+        **options: Any,
+    ) -> GenerationOutput:
+        """Generate from a prompt and wait for the whole result.
+
+        Args:
+            prompt: text, or token ids. Text gets the special tokens that the checkpoint's tokenizer adds.
+            sampling: a `SamplingParams`; `options` are laid over it.
+            priority: higher is served first.
+            timeout: seconds until `RequestTimeout`, waiting included.
+            namespace: prefixes are shared only between requests of one namespace (a tenant, say).
+            request_id: your own name for the request, unique among those in flight.
+            options: any field of `SamplingParams` by keyword.
+
+        Raises:
+            InvalidRequest: before any work is queued, when an argument is out of range.
+            PromptTooLong: … or the prompt leaves no room for a token.
+            RequestTimeout: `timeout` passed; what had been generated is in its `partial`.
+            RequestFailed, ReplicaCrashed: the engine could not finish it.
+            ClusterStateError: the cluster is not entered, or was left meanwhile.
+        """
+        stream = self.stream(
+            prompt,
+            sampling=sampling,
+            priority=priority,
+            timeout=timeout,
+            namespace=namespace,
+            request_id=request_id,
+            **options,
+        )
+        return await stream.finish()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: SamplingParams | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        namespace: str = "",
+        request_id: str | None = None,
+        **options: Any,
+    ) -> Stream:
+        """Like `generate`, in chunks: `async for chunk in cluster.stream(…)`, or `async with` around it.
+
+        Arguments are checked at once; the prompt itself when iteration starts.
+        """
+        self._must_be_open()
+
+        async def tokenize() -> Tokens:
+            if not isinstance(prompt, str):
+                return prompt_tokens(prompt)
+            check_text(prompt)
+            if len(prompt) < LONG_TEXT:
+                return self._launched.tokenizer.encode(prompt)
+            return await anyio.to_thread.run_sync(self._launched.tokenizer.encode, prompt)
+
+        return self._stream(tokenize, sampling, options, priority, timeout, namespace, request_id)
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        sampling: SamplingParams | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        namespace: str = "",
+        request_id: str | None = None,
+        **options: Any,
+    ) -> GenerationOutput:
+        """Answer a conversation, laid out by the checkpoint's chat template.
+
+        Args:
+            messages: `{"role": …, "content": …}` mappings, oldest first.
+            tools: tool descriptions (JSON schemas), for templates that know them.
+
+        The rest, and what it raises, is as in `generate`.
+        """
+        stream = self.stream_chat(
+            messages,
+            tools=tools,
+            sampling=sampling,
+            priority=priority,
+            timeout=timeout,
+            namespace=namespace,
+            request_id=request_id,
+            **options,
+        )
+        return await stream.finish()
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        sampling: SamplingParams | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        namespace: str = "",
+        request_id: str | None = None,
+        **options: Any,
+    ) -> Stream:
+        """Like `chat`, in chunks."""
+        self._must_be_open()
+
+        async def tokenize() -> Tokens:
+            return await anyio.to_thread.run_sync(lambda: self._launched.tokenizer.chat(messages, tools=tools))
+
+        return self._stream(tokenize, sampling, options, priority, timeout, namespace, request_id)
+
+    async def generate_many(
+        self, prompts: Iterable[Prompt], *, progress: bool = False, return_exceptions: bool = False, **options: Any
+    ) -> list[Any]:
+        """Generate from many prompts at once; results are in the order of the prompts.
+
+        Args:
+            prompts: as for `generate`; `options` hold for all of them.
+            progress: show a progress bar when standard error is a terminal.
+            return_exceptions: put a failed prompt's error in its place, instead of raising the first one and aborting
+                the rest.
+        """
+        from preble.progress import progress_bar
+
+        if isinstance(prompts, str):
+            raise InvalidRequest("generate_many takes several prompts; use generate for one")
+        todo = list(prompts)
+        outputs: list[Any] = [None] * len(todo)
+        pending = iter(enumerate(todo))
+        errors: list[BaseException] = []
+
+        async def work() -> None:
+            for index, prompt in pending:
+                try:
+                    outputs[index] = await self.generate(prompt, **options)
+                except PrebleError as error:
+                    if not return_exceptions:
+                        errors.append(error)
+                        group.cancel_scope.cancel()
+                        return
+                    outputs[index] = error
+                advance()
+
+        with progress_bar(len(todo), shown=progress) as advance:
+            async with anyio.create_task_group() as group:
+                for _ in range(min(len(todo), self._max_pending)):
+                    group.start_soon(work)
+        if errors:
+            raise errors[0]
+        return outputs
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; whoever waits for it gets what was generated, with `finish_reason="abort"`.
+
+        Returns:
+            Whether a request of this id was in flight.
+        """
+        self._must_be_open()
+        flight = self._flights.get(request_id)
+        if flight is None:
+            return False
+        if all(branch.placement is None for branch in flight.branches):
+            self._end(flight, request_failed(request_id, "aborted before a replica took it"))
+        else:
+            self._end(flight, None)
+        return True
+
+    def stats(self) -> ClusterStats:
+        """A snapshot of every replica as of its last step, and of the cluster."""
+        self._must_be_open()
+        return ClusterStats(
+            replicas=tuple(self._stats[number] for number in sorted(self._stats)),
+            pending=len(self._flights),
+            policy=self._scheduler.policy_name,
+            placements=dict(self._placements),
+        )
+
+    # What replicas report; called from their threads
+
+    def reported(self, report: StepReport) -> None:
+        """A replica finished a step."""
+        self._call_soon(self._took_report, report)
+
+    def crashed(self, replica: int, cause: BaseException) -> None:
+        """A replica stopped on an error."""
+        self._call_soon(self._lost_replica, replica, cause)
+
+    # The event loop's side
+
+    def _call_soon(self, function: Callable[..., None], *args: Any) -> None:
+        """Run `function` in the event loop's thread."""
+        try:
+            self._post(function, *args)
+        except RuntimeError:
+            # The loop ended without leaving the cluster: nobody is there to be told.
+            for replica in self._launched.replicas:
+                replica.stop()
+
+    def _must_be_open(self) -> None:
+        if self._state == "new":
+            raise ClusterStateError("enter the cluster first: `async with preble.Cluster(…) as cluster:`")
+        if self._state == "closed":
+            raise ClusterStateError("the cluster was left; requests are served only inside its `async with` block")
+
+    def _stream(
+        self,
+        tokenize: Callable[[], Any],
+        sampling: SamplingParams | None,
+        options: Mapping[str, Any],
+        priority: int,
+        timeout: float | None,
+        namespace: str,
+        request_id: str | None,
+    ) -> Stream:
+        params = SamplingParams.from_options(sampling, options)
+        params.check_vocabulary(self._launched.config.vocabulary_size)
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise InvalidRequest(f"priority must be an integer, not {priority!r}")
+        if not isinstance(namespace, str):
+            raise InvalidRequest(f"namespace must be a string, not {namespace!r}")
+        if request_id is not None and (not isinstance(request_id, str) or not request_id):
+            raise InvalidRequest(f"request_id must be a non-empty string, not {request_id!r}")
+        if timeout is not None and (
+            isinstance(timeout, bool)
+            or not isinstance(timeout, (int, float))
+            or not math.isfinite(timeout)
+            or timeout <= 0
+        ):
+            raise InvalidRequest(f"timeout must be a positive number of seconds, not {timeout!r}")
+
+        async def start() -> Flight:
+            self._must_be_open()
+            submitted = time.monotonic()
+            prompt = await tokenize()
+            self._check_length(prompt)
+            await self._slots.acquire()
+            # From here to the end there is no await: a cancelled caller leaves either nothing or a flight to abort.
+            try:
+                self._must_be_open()
+                flight = Flight(
+                    request_id if request_id is not None else f"request-{next(self._ids)}",
+                    prompt,
+                    params,
+                    cluster_seed=self._seed,
+                    namespace=namespace,
+                    priority=priority,
+                    deadline=None if timeout is None else submitted + timeout,
+                    submitted=submitted,
+                )
+                if flight.request_id in self._flights:
+                    raise InvalidRequest(f"request_id {flight.request_id!r} is in flight already")
+            except BaseException:
+                self._slots.release()
+                raise
+            self._launch(flight)
+            return flight
+
+        def abandon(flight: Flight) -> None:
+            self._call_soon(self._end, flight, None)
+
+        return Stream(start, abandon, timeout)
+
+    def _check_length(self, prompt: Tokens) -> None:
+        config = self._launched.config
+        longest = min(config.context_length, self._launched.capacity_tokens)
+        if len(prompt) == 0:
+            raise InvalidRequest("the prompt is empty: give at least one character or token id")
+        if len(prompt) >= longest:
+            limit = (
+                f"the model's context of {config.context_length}"
+                if longest == config.context_length
+                else f"a replica's KV pages for {longest} tokens (raise kv_memory)"
+            )
+            raise PromptTooLong(f"the prompt has {len(prompt)} tokens; with one to generate it is too long for {limit}")
+        low, high = int(prompt.min()), int(prompt.max())
+        if low < 0 or high >= config.vocabulary_size:
+            wrong = low if low < 0 else high
+            raise InvalidRequest(f"token id {wrong} is not in the vocabulary (0 to {config.vocabulary_size - 1})")
+
+    def _launch(self, flight: Flight) -> None:
+        now = time.monotonic()
+        self._flights[flight.request_id] = flight
+        for branch in flight.branches:
+            self._branches[branch.request_id] = branch
+        for branch in flight.branches:
+            self._place(
+                self._scheduler.submit(
+                    branch.request_id,
+                    flight.prompt,
+                    now=now,
+                    max_tokens=flight.sampling.max_tokens,
+                    namespace=flight.namespace,
+                    priority=flight.priority,
+                    deadline=flight.deadline,
+                )
+            )
+
+    def _place(self, decision: Placement | Waiting) -> None:
+        """Hand a request to the replica chosen for it. One that waits is placed by a later event."""
+        from preble.sched import Placement
+
+        branch = self._branches.get(decision.request_id)
+        if branch is None or not isinstance(decision, Placement):
+            return
+        from preble.engine.messages import Submit
+
+        flight = branch.flight
+        branch.placement = branch.placement or decision
+        branch.replica = decision.replica
+        self._placements[decision.reason] = self._placements.get(decision.reason, 0) + 1
+        tokens = flight.prompt
+        if branch.token_ids:
+            import numpy as np
+
+            tokens = np.concatenate([tokens, np.array(branch.token_ids, np.int32)])
+        longest = min(self._launched.config.context_length, self._launched.capacity_tokens)
+        self._running[decision.replica].submit(
+            Submit(
+                request_id=branch.request_id,
+                token_ids=tokens,
+                prompt_length=len(flight.prompt),
+                max_length=min(len(flight.prompt) + flight.sampling.max_tokens, longest),
+                sampling=flight.sampling,
+                seed=branch.seed,
+                namespace=flight.namespace,
+                priority=flight.priority,
+                deadline=flight.deadline,
+            )
+        )
+
+    def _took_report(self, report: StepReport) -> None:
+        now = time.monotonic()
+        self._stats[report.replica] = report.stats
+        for event in report.events:
+            for placement in self._scheduler.apply(event, now=now):
+                self._place(placement)
+        for delta in report.deltas:
+            branch = self._branches.get(delta.request_id)
+            if branch is None or branch.replica != report.replica:
+                continue
+            flight = branch.flight
+            if delta.error is not None:
+                self._end(flight, request_failed(flight.request_id, delta.error))
+                continue
+            branch.take(delta, now)
+            flight.took(now)
+            if flight.done:
+                self._forget(flight)
+
+    def _end(self, flight: Flight, error: PrebleError | None) -> None:
+        """End a flight early: with an error, or as aborted with what it has."""
+        if flight.done:
+            return
+        now = time.monotonic()
+        for branch in flight.branches:
+            if branch.finish_reason is None:
+                self._scheduler.cancel(branch.request_id, now=now)
+                if branch.replica is not None and branch.replica in self._running:
+                    self._running[branch.replica].abort(branch.request_id)
+                branch.finish_reason = "abort"
+        if error is not None:
+            flight.fail(error, now)
+        else:
+            flight.took(now)
+        self._forget(flight)
+
+    def _forget(self, flight: Flight) -> None:
+        del self._flights[flight.request_id]
+        for branch in flight.branches:
+            del self._branches[branch.request_id]
+        self._slots.release()
+
+    def _lost_replica(self, number: int, cause: BaseException) -> None:
+        """Take a crashed replica out; its requests go on elsewhere, unless they were on a crashed one before."""
+        from preble.sched.events import ReplicaDown
+
+        self._running.pop(number, None)
+        if self._state != "open":
+            return
+        for branch in list(self._branches.values()):
+            if branch.replica != number or branch.flight.done:
+                continue
+            branch.crashes += 1
+            branch.replica = None
+            if branch.crashes > 1 or not self._running:
+                error = ReplicaCrashed(f"request {branch.flight.request_id!r}: replica {number} crashed")
+                error.__cause__ = cause
+                self._end(branch.flight, error)
+        for placement in self._scheduler.apply(ReplicaDown(number), now=time.monotonic()):
+            self._place(placement)
+        if not self._running:
+            for flight in list(self._flights.values()):
+                error = ReplicaCrashed(f"request {flight.request_id!r}: no replica is left")
+                error.__cause__ = cause
+                self._end(flight, error)

@@ -1,0 +1,217 @@
+"""From a model name to running replicas: resolve, load, size the KV pages, start."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from preble.engine.batch import Model
+from preble.engine.checkpoint import resolve_model
+from preble.engine.config import ModelConfig
+from preble.engine.engine import Engine
+from preble.engine.kv_cache import KVCache
+from preble.engine.loading import load_model
+from preble.engine.tokenizer import Tokenizer
+from preble.errors import DeviceError, InvalidRequest
+from preble.outputs import ReplicaStats
+from preble.replica.base import Listener, Replica
+from preble.replica.thread import ThreadReplica
+
+logger = logging.getLogger("preble.replica")
+
+GIB = 1 << 30
+CPU_KV_MEMORY = 4 * GIB
+"""The most KV memory a replica on the CPU takes by default."""
+SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.85}
+"""What part of a device's free memory its replicas' KV pages take by default, once the weights are there."""
+
+
+@dataclass(slots=True)
+class Loaded:
+    """Engines that are ready to run, and what they have in common."""
+
+    engines: list[Engine]
+    tokenizer: Tokenizer
+    config: ModelConfig
+    capacity_tokens: int
+    """Tokens of KV that one replica holds."""
+    torch_threads: int
+    temporary: tempfile.TemporaryDirectory[str] | None = None
+
+
+@dataclass(slots=True)
+class Launched:
+    """Running replicas."""
+
+    replicas: list[Replica]
+    stats: list[ReplicaStats]
+    tokenizer: Tokenizer
+    config: ModelConfig
+    capacity_tokens: int
+    temporary: tempfile.TemporaryDirectory[str] | None = field(default=None)
+
+    def close(self) -> None:
+        """Remove what loading left on disk."""
+        if self.temporary is not None:
+            self.temporary.cleanup()
+
+
+def load(
+    model: str | PathLike[str],
+    *,
+    replicas: int | None,
+    devices: Sequence[str] | None,
+    dtype: str,
+    page_size: int,
+    kv_memory: int | str | None,
+    max_batched_tokens: int,
+    max_running: int,
+) -> Loaded:
+    """Load the model once per device and make an engine per replica. Blocks; seconds for small models.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        DeviceError: a device does not exist, or its memory holds not even one page.
+        InvalidRequest: `kv_memory` or `dtype` means nothing.
+    """
+    wanted_bytes = None if kv_memory is None else parse_bytes(kv_memory)
+    placed = place_replicas(replicas, devices)
+    began = time.monotonic()
+    temporary = None
+    if model == "demo":
+        from preble.demo_model import write_demo_model
+
+        temporary = tempfile.TemporaryDirectory(prefix="preble-demo-")
+        write_demo_model(Path(temporary.name))
+        folder = Path(temporary.name)
+    else:
+        folder = resolve_model(model)
+    tokenizer = Tokenizer(folder)
+    models: dict[torch.device, Model] = {}
+    for device in placed:
+        if device not in models:
+            models[device] = load_model(folder, device=device, dtype=dtype)
+    config = models[placed[0]].config
+    pages = min(kv_pages(models[device], page_size, wanted_bytes, sharing=placed.count(device)) for device in models)
+    engines = [
+        Engine(
+            models[device],
+            tokenizer,
+            replica=number,
+            pages=pages,
+            page_size=page_size,
+            max_batched_tokens=max_batched_tokens,
+            max_running=max_running,
+        )
+        for number, device in enumerate(placed)
+    ]
+    logger.info(
+        "loaded %s (%s, %s) in %.1f s: %d replicas with %d tokens of KV each",
+        model,
+        config.architecture,
+        str(models[placed[0]].dtype).removeprefix("torch."),
+        time.monotonic() - began,
+        len(engines),
+        pages * page_size,
+    )
+    on_cpu = sum(device.type == "cpu" for device in placed)
+    torch_threads = max(len(os.sched_getaffinity(0)) // max(on_cpu, 1), 1)
+    return Loaded(engines, tokenizer, config, pages * page_size, torch_threads, temporary)
+
+
+def launch(loaded: Loaded, listener: Listener) -> Launched:
+    """Start a thread for each engine."""
+    stats = [engine.stats() for engine in loaded.engines]
+    replicas: list[Replica] = [
+        ThreadReplica(engine, listener, number=number, torch_threads=loaded.torch_threads)
+        for number, engine in enumerate(loaded.engines)
+    ]
+    return Launched(replicas, stats, loaded.tokenizer, loaded.config, loaded.capacity_tokens, loaded.temporary)
+
+
+def place_replicas(replicas: int | None, devices: Sequence[str] | None) -> list[torch.device]:
+    """The device of each replica: `devices` in turn, or every visible GPU, or the CPU."""
+    if devices is None:
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        devices = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
+    parsed = [_device(name) for name in devices]
+    return [parsed[number % len(parsed)] for number in range(replicas or len(parsed))]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise DeviceError(f"{name!r} is not a device name; use 'cpu', 'cuda' or 'cuda:N'") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise DeviceError(f"device {name!r}: replicas run on 'cpu' and 'cuda' devices")
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = device.index or 0
+    if index >= visible:
+        raise DeviceError(f"device {name!r} does not exist: {visible or 'no'} CUDA devices are visible here")
+    return torch.device("cuda", index)
+
+
+def kv_pages(model: Model, page_size: int, wanted_bytes: int | None, *, sharing: int) -> int:
+    """How many KV pages a replica gets: `wanted_bytes` worth, or its share of the device's free memory."""
+    config = model.config
+    page_bytes = KVCache.bytes_per_page(
+        layers=config.layers,
+        page_size=page_size,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        dtype=model.dtype,
+    )
+    free = _free_memory(model.device)
+    if wanted_bytes is None:
+        budget = int(free * SHARE_OF_FREE_MEMORY[model.device.type]) // sharing
+        if model.device.type == "cpu":
+            budget = min(budget, CPU_KV_MEMORY)
+    else:
+        budget = wanted_bytes
+        if budget * sharing > free:
+            raise DeviceError(
+                f"kv_memory of {budget / GIB:.2f} GiB for each of {sharing} replicas is more than the "
+                f"{free / GIB:.2f} GiB free on {model.device}; lower kv_memory or replicas"
+            )
+    pages = budget // page_bytes
+    if pages < 1:
+        raise DeviceError(
+            f"kv_memory of {budget} bytes holds not one page of {page_bytes} bytes; raise kv_memory or lower page_size"
+        )
+    return pages
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo)
+    assert match is not None
+    return int(match[1]) * 1024
+
+
+def parse_bytes(value: int | str) -> int:
+    """`"2GiB"`, `"512 MiB"`, `"1.5GB"` or a plain number of bytes."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    units = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": GIB, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower()) if isinstance(value, str) else None
+    if match is None or match[2] not in units or float(match[1]) == 0:
+        raise InvalidRequest(f"kv_memory must be a number of bytes or a string such as '2GiB', not {value!r}")
+    return int(float(match[1]) * units[match[2]])
