@@ -102,6 +102,21 @@ class LocalScheduler:
             self._finish(sequence)
         return sequence
 
+    def preempt(self, request_id: str) -> bool:
+        """Take a running request off its pages between two steps; it goes on from the queue, no token is lost.
+
+        Returns:
+            Whether the request was running.
+        """
+        sequence = self._by_id.get(request_id)
+        if sequence is None or sequence.node is None:
+            return False
+        self._leave(sequence)
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self._queue(sequence)
+        return True
+
     def plan(self) -> StepPlan | None:
         """Choose the next step's work and reserve its pages; `None` where there is nothing to do.
 
@@ -205,20 +220,14 @@ class LocalScheduler:
                 table.extend(pages)
                 return True
             victim = max(self.running, key=lambda one: (-one.priority, one.serial))
-            self._preempt(plan, victim)
+            for chunk in plan.chunks:
+                if chunk.sequence is victim:
+                    plan.chunks.remove(chunk)
+                    plan.tokens -= chunk.count
+                    break
+            self.preempt(victim.request_id)
             if victim is sequence:
                 return False
-
-    def _preempt(self, plan: StepPlan, victim: Sequence) -> None:
-        for chunk in plan.chunks:
-            if chunk.sequence is victim:
-                plan.chunks.remove(chunk)
-                plan.tokens -= chunk.count
-                break
-        self._leave(victim)
-        victim.preemptions += 1
-        self.preemptions += 1
-        self._queue(victim)
 
     def _admit(self, plan: StepPlan) -> None:
         deferred = 0

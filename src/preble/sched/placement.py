@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-
-_NO_COSTS: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +16,7 @@ class Placement:
     """Prompt tokens believed to be in the replica's prefix cache, whole pages."""
     reason: str
     """The rule that decided: `exploit`, `explore`, `round-robin`, `least-loaded`, …"""
-    costs: Mapping[str, float] = field(default=_NO_COSTS)
+    costs: Mapping[str, float] = field(default_factory=dict)
     """The terms the policy compared for the chosen replica, by name; units are in the names."""
 
 

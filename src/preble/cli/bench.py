@@ -1,0 +1,22 @@
+"""Measure Preble against its peers, side by side in one run."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    from preble.bench import engine
+
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
+    suite = suites.add_parser(
+        "engine", help="the engine against transformers and llama.cpp", description=engine.__doc__
+    )
+    engine.add_arguments(suite)
+    suite.set_defaults(run_suite=engine.run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    return int(args.run_suite(args))
