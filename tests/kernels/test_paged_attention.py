@@ -76,8 +76,15 @@ def check(
 ) -> None:
     generator = torch.Generator().manual_seed(layout.rows)
     q = torch.randn(layout.rows, kv_heads * group, head_dim, generator=generator).to(dtype)
-    keys = torch.randn(layout.slots, kv_heads, head_dim, generator=generator).to(dtype)
-    values = torch.randn(layout.slots, kv_heads, head_dim, generator=generator).to(dtype)
+    keys, values = torch.full((2, layout.slots, kv_heads, head_dim), torch.nan, dtype=dtype)  # memory as it may be
+    written = [
+        slot
+        for sequence in layout.sequences
+        for first, length in sequence.runs
+        for slot in range(first, first + length)
+    ]
+    for kv in (keys, values):
+        kv[written] = torch.randn(len(written), kv_heads, head_dim, generator=generator).to(dtype)
     scale = head_dim**-0.5
     attention = PagedAttention.plan(layout.sequences, group=group, window=window)
     expected = reference_attention(q, keys, values, scale, sequences=layout.sequences, window=window)
