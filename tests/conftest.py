@@ -1,0 +1,36 @@
+"""Checkpoints that many tests share, written once per run, and both async backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    """Async tests run under both."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny random fp32 checkpoint of a family: `checkpoint("llama")`."""
+    from checkpoints import write_checkpoint
+
+    written: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in written:
+            written[family] = tmp_path_factory.mktemp(family)
+            write_checkpoint(written[family], family)
+        return written[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(checkpoint: Callable[[str], Path]) -> Path:
+    """A tiny Llama."""
+    return checkpoint("llama")
