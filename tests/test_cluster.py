@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -35,7 +36,7 @@ async def serving(model: Path, **options: Any) -> AsyncIterator[Cluster]:
 
 
 def engines(cluster: Cluster) -> list[Any]:
-    return [replica._engine for replica in cluster._launched.replicas]  # type: ignore[attr-defined]
+    return [replica._engine for replica in cluster._dispatcher._replicas.values()]  # type: ignore[attr-defined]
 
 
 async def idle(cluster: Cluster) -> None:
@@ -312,11 +313,11 @@ async def test_five_hundred_cancellations_leak_nothing(llama: Path, seed: int) -
         gc.collect()
         await idle(cluster)
         assert cluster._slots.value == 40
-        assert not cluster._branches
-        assert not cluster._scheduler.waiting
+        assert not cluster._dispatcher._branches
+        assert not cluster._dispatcher._scheduler.waiting
         for replica in (0, 1):
-            assert not cluster._scheduler.in_flight(replica)
-        cluster._scheduler.check()
+            assert not cluster._dispatcher._scheduler.in_flight(replica)
+        cluster._dispatcher._scheduler.check()
 
 
 # Bad input
@@ -456,8 +457,7 @@ async def test_what_cannot_be_started_says_why(
 
 
 async def test_a_folder_that_is_no_checkpoint_says_which_file(tmp_path: Path, llama: Path) -> None:
-    for path in llama.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
     for name in ("tokenizer.json", "model.safetensors", "config.json"):
         (tmp_path / name).unlink()
         with pytest.raises(preble.CheckpointError, match=name.partition(".")[0]):

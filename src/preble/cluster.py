@@ -14,15 +14,9 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from preble.errors import (
-    ClusterStateError,
-    InvalidRequest,
-    PrebleError,
-    PromptTooLong,
-    ReplicaCrashed,
-)
-from preble.flight import Branch, Flight, request_failed
-from preble.outputs import ClusterStats, GenerationOutput, ReplicaStats
+from preble.errors import ClusterStateError, InvalidRequest, PrebleError, PromptTooLong
+from preble.flight import Flight
+from preble.outputs import ClusterStats, GenerationOutput
 from preble.prompts import Prompt, check_text, prompt_tokens
 from preble.sampling import SamplingParams
 from preble.stream import Stream
@@ -30,10 +24,6 @@ from preble.stream import Stream
 if TYPE_CHECKING:
     from os import PathLike
 
-    from preble.engine.messages import StepReport
-    from preble.replica.base import Replica
-    from preble.replica.launch import Launched
-    from preble.sched import GlobalScheduler, Placement, Waiting
     from preble.sched.hashing import Tokens
     from preble.sched.policies import Policy
 
@@ -120,22 +110,18 @@ class Cluster:
         self._seed = seed
         self._state: Literal["new", "open", "closed"] = "new"
         self._ids = count(1)
-        self._flights: dict[str, Flight] = {}
-        self._branches: dict[str, Branch] = {}
-        self._stats: dict[int, ReplicaStats] = {}
-        self._placements: dict[str, int] = {}
 
     # Starting and stopping
 
     async def __aenter__(self) -> Self:
         if self._state != "new":
             raise ClusterStateError("a cluster is entered once; make a new one")
-        from preble.replica.launch import launch, load
+        from preble.dispatcher import Dispatcher
+        from preble.replica.launch import load
         from preble.sched import GlobalScheduler
+        from preble.sched.policies import make_policy
 
-        native = anyio.lowlevel.current_token().native_token
-        # asyncio's loop and trio's token each have a thread-safe way in, under different names.
-        self._post: Callable[..., object] = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
+        policy = make_policy(self._policy)
         loaded = await anyio.to_thread.run_sync(
             lambda: load(
                 self._model,
@@ -148,17 +134,17 @@ class Cluster:
                 max_running=self._max_running,
             )
         )
-        self._scheduler: GlobalScheduler = GlobalScheduler(
+        scheduler = GlobalScheduler(
             replicas=len(loaded.engines),
             capacity_tokens=loaded.capacity_tokens,
             page_size=self._page_size,
-            policy=self._policy,
+            policy=policy,
             seed=self._seed,
         )
-        self._launched: Launched = launch(loaded, self)
-        self._running: dict[int, Replica] = {replica.number: replica for replica in self._launched.replicas}
-        self._stats = {stats.replica: stats for stats in self._launched.stats}
+        self._config, self._tokenizer = loaded.config, loaded.tokenizer
+        self._capacity_tokens = loaded.capacity_tokens
         self._slots = anyio.Semaphore(self._max_pending)
+        self._dispatcher = Dispatcher(loaded, scheduler)
         self._state = "open"
         return self
 
@@ -166,15 +152,12 @@ class Cluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._state = "closed"
-        for flight in list(self._flights.values()):
-            self._end(flight, ClusterStateError(f"request {flight.request_id!r}: the cluster was closed"))
-        replicas = self._launched.replicas
-        for replica in replicas:
-            replica.stop()
+        replicas = self._dispatcher.close(
+            lambda request_id: ClusterStateError(f"request {request_id!r}: the cluster was closed")
+        )
         with anyio.CancelScope(shield=True):
             for replica in replicas:
                 await anyio.to_thread.run_sync(replica.join)
-            await anyio.to_thread.run_sync(self._launched.close)
 
     # Requests
 
@@ -240,8 +223,8 @@ class Cluster:
                 return prompt_tokens(prompt)
             check_text(prompt)
             if len(prompt) < LONG_TEXT:
-                return self._launched.tokenizer.encode(prompt)
-            return await anyio.to_thread.run_sync(self._launched.tokenizer.encode, prompt)
+                return self._tokenizer.encode(prompt)
+            return await anyio.to_thread.run_sync(self._tokenizer.encode, prompt)
 
         return self._stream(tokenize, sampling, options, priority, timeout, namespace, request_id)
 
@@ -293,7 +276,7 @@ class Cluster:
         self._must_be_open()
 
         async def tokenize() -> Tokens:
-            return await anyio.to_thread.run_sync(lambda: self._launched.tokenizer.chat(messages, tools=tools))
+            return await anyio.to_thread.run_sync(lambda: self._tokenizer.chat(messages, tools=tools))
 
         return self._stream(tokenize, sampling, options, priority, timeout, namespace, request_id)
 
@@ -344,45 +327,12 @@ class Cluster:
             Whether a request of this id was in flight.
         """
         self._must_be_open()
-        flight = self._flights.get(request_id)
-        if flight is None:
-            return False
-        if all(branch.placement is None for branch in flight.branches):
-            self._end(flight, request_failed(request_id, "aborted before a replica took it"))
-        else:
-            self._end(flight, None)
-        return True
+        return self._dispatcher.abort(request_id)
 
     def stats(self) -> ClusterStats:
         """A snapshot of every replica as of its last step, and of the cluster."""
         self._must_be_open()
-        return ClusterStats(
-            replicas=tuple(self._stats[number] for number in sorted(self._stats)),
-            pending=len(self._flights),
-            policy=self._scheduler.policy_name,
-            placements=dict(self._placements),
-        )
-
-    # What replicas report; called from their threads
-
-    def reported(self, report: StepReport) -> None:
-        """A replica finished a step."""
-        self._call_soon(self._took_report, report)
-
-    def crashed(self, replica: int, cause: BaseException) -> None:
-        """A replica stopped on an error."""
-        self._call_soon(self._lost_replica, replica, cause)
-
-    # The event loop's side
-
-    def _call_soon(self, function: Callable[..., None], *args: Any) -> None:
-        """Run `function` in the event loop's thread."""
-        try:
-            self._post(function, *args)
-        except RuntimeError:
-            # The loop ended without leaving the cluster: nobody is there to be told.
-            for replica in self._launched.replicas:
-                replica.stop()
+        return self._dispatcher.stats()
 
     def _must_be_open(self) -> None:
         if self._state == "new":
@@ -401,7 +351,7 @@ class Cluster:
         request_id: str | None,
     ) -> Stream:
         params = SamplingParams.from_options(sampling, options)
-        params.check_vocabulary(self._launched.config.vocabulary_size)
+        params.check_vocabulary(self._config.vocabulary_size)
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InvalidRequest(f"priority must be an integer, not {priority!r}")
         if not isinstance(namespace, str):
@@ -434,23 +384,22 @@ class Cluster:
                     priority=priority,
                     deadline=None if timeout is None else submitted + timeout,
                     submitted=submitted,
+                    on_end=self._slots.release,
                 )
-                if flight.request_id in self._flights:
-                    raise InvalidRequest(f"request_id {flight.request_id!r} is in flight already")
+                self._dispatcher.start(flight)
             except BaseException:
                 self._slots.release()
                 raise
-            self._launch(flight)
             return flight
 
-        def abandon(flight: Flight) -> None:
-            self._call_soon(self._end, flight, None)
+        return Stream(start, self._abandon, timeout)
 
-        return Stream(start, abandon, timeout)
+    def _abandon(self, flight: Flight) -> None:
+        self._dispatcher.end_soon(flight)
 
     def _check_length(self, prompt: Tokens) -> None:
-        config = self._launched.config
-        longest = min(config.context_length, self._launched.capacity_tokens)
+        config = self._config
+        longest = min(config.context_length, self._capacity_tokens)
         if len(prompt) == 0:
             raise InvalidRequest("the prompt is empty: give at least one character or token id")
         if len(prompt) >= longest:
@@ -464,120 +413,3 @@ class Cluster:
         if low < 0 or high >= config.vocabulary_size:
             wrong = low if low < 0 else high
             raise InvalidRequest(f"token id {wrong} is not in the vocabulary (0 to {config.vocabulary_size - 1})")
-
-    def _launch(self, flight: Flight) -> None:
-        now = time.monotonic()
-        self._flights[flight.request_id] = flight
-        for branch in flight.branches:
-            self._branches[branch.request_id] = branch
-        for branch in flight.branches:
-            self._place(
-                self._scheduler.submit(
-                    branch.request_id,
-                    flight.prompt,
-                    now=now,
-                    max_tokens=flight.sampling.max_tokens,
-                    namespace=flight.namespace,
-                    priority=flight.priority,
-                    deadline=flight.deadline,
-                )
-            )
-
-    def _place(self, decision: Placement | Waiting) -> None:
-        """Hand a request to the replica chosen for it. One that waits is placed by a later event."""
-        from preble.sched import Placement
-
-        branch = self._branches.get(decision.request_id)
-        if branch is None or not isinstance(decision, Placement):
-            return
-        from preble.engine.messages import Submit
-
-        flight = branch.flight
-        branch.placement = branch.placement or decision
-        branch.replica = decision.replica
-        self._placements[decision.reason] = self._placements.get(decision.reason, 0) + 1
-        tokens = flight.prompt
-        if branch.token_ids:
-            import numpy as np
-
-            tokens = np.concatenate([tokens, np.array(branch.token_ids, np.int32)])
-        longest = min(self._launched.config.context_length, self._launched.capacity_tokens)
-        self._running[decision.replica].submit(
-            Submit(
-                request_id=branch.request_id,
-                token_ids=tokens,
-                prompt_length=len(flight.prompt),
-                max_length=min(len(flight.prompt) + flight.sampling.max_tokens, longest),
-                sampling=flight.sampling,
-                seed=branch.seed,
-                namespace=flight.namespace,
-                priority=flight.priority,
-                deadline=flight.deadline,
-            )
-        )
-
-    def _took_report(self, report: StepReport) -> None:
-        now = time.monotonic()
-        self._stats[report.replica] = report.stats
-        for event in report.events:
-            for placement in self._scheduler.apply(event, now=now):
-                self._place(placement)
-        for delta in report.deltas:
-            branch = self._branches.get(delta.request_id)
-            if branch is None or branch.replica != report.replica:
-                continue
-            flight = branch.flight
-            if delta.error is not None:
-                self._end(flight, request_failed(flight.request_id, delta.error))
-                continue
-            branch.take(delta, now)
-            flight.took(now)
-            if flight.done:
-                self._forget(flight)
-
-    def _end(self, flight: Flight, error: PrebleError | None) -> None:
-        """End a flight early: with an error, or as aborted with what it has."""
-        if flight.done:
-            return
-        now = time.monotonic()
-        for branch in flight.branches:
-            if branch.finish_reason is None:
-                self._scheduler.cancel(branch.request_id, now=now)
-                if branch.replica is not None and branch.replica in self._running:
-                    self._running[branch.replica].abort(branch.request_id)
-                branch.finish_reason = "abort"
-        if error is not None:
-            flight.fail(error, now)
-        else:
-            flight.took(now)
-        self._forget(flight)
-
-    def _forget(self, flight: Flight) -> None:
-        del self._flights[flight.request_id]
-        for branch in flight.branches:
-            del self._branches[branch.request_id]
-        self._slots.release()
-
-    def _lost_replica(self, number: int, cause: BaseException) -> None:
-        """Take a crashed replica out; its requests go on elsewhere, unless they were on a crashed one before."""
-        from preble.sched.events import ReplicaDown
-
-        self._running.pop(number, None)
-        if self._state != "open":
-            return
-        for branch in list(self._branches.values()):
-            if branch.replica != number or branch.flight.done:
-                continue
-            branch.crashes += 1
-            branch.replica = None
-            if branch.crashes > 1 or not self._running:
-                error = ReplicaCrashed(f"request {branch.flight.request_id!r}: replica {number} crashed")
-                error.__cause__ = cause
-                self._end(branch.flight, error)
-        for placement in self._scheduler.apply(ReplicaDown(number), now=time.monotonic()):
-            self._place(placement)
-        if not self._running:
-            for flight in list(self._flights.values()):
-                error = ReplicaCrashed(f"request {flight.request_id!r}: no replica is left")
-                error.__cause__ = cause
-                self._end(flight, error)

@@ -10,23 +10,25 @@ from pathlib import Path
 
 VOCABULARY = 1024
 WORDS = """
-a about above after again all also always an and answer any are as ask at away back be because been before began best
-better between big book both bring build but by call came can carry change city clear close cold come could cut day did
-different do does door down draw each early earth easy eat end enough even ever every example eye face fall family far
-fast father feel few field find fire first fish five follow food for form found four free from full game garden gave get
-girl give go good great green ground group grow had half hand hard has have he head hear heavy help her here high him his
-hold home horse hot hour house how hundred idea if in into is island it just keep kind king knew know land language large
-last late laugh law lay lead learn leave left let letter life light like line list little live long look lot love low made
-make man many map mark may me mean men might mile mind minute money moon more morning most mother mountain move much music
-must my name near need never new next night no north not note nothing now number of off often old on once one only open or
-order other our out over own page paper part pass past people picture place plan plant play point power press question
-quick rain ran reach read ready real red remember rest right river road rock room round rule run said same saw say school
-sea second see seem sentence set seven she ship short should show side simple since sing sit six sleep slow small snow so
-some song soon sound south stand star start state stay step still stone stop story street strong study such sun sure table
-take talk teach tell ten than that the their them then there these they thing think this those though thought three through
-time to together told too took top toward town travel tree true try turn two under until up us use very voice wait walk
-want war warm was watch water way we week well went were west what wheel when where which while white who whole why will
-wind with wood word work world would write year yet you young your
+a about above after again all also always an and answer any are as ask at away back be because been before began
+best better between big book both bring build but by call came can carry change city clear close cold come could
+cut day did different do does door down draw each early earth easy eat end enough even ever every example eye
+face fall family far fast father feel few field find fire first fish five follow food for form found four free
+from full game garden gave get girl give go good great green ground group grow had half hand hard has have he
+head hear heavy help her here high him his hold home horse hot hour house how hundred idea if in into is island
+it just keep kind king knew know land language large last late laugh law lay lead learn leave left let letter
+life light like line list little live long look lot love low made make man many map mark may me mean men might
+mile mind minute money moon more morning most mother mountain move much music must my name near need never new
+next night no north not note nothing now number of off often old on once one only open or order other our out
+over own page paper part pass past people picture place plan plant play point power press question quick rain
+ran reach read ready real red remember rest right river road rock room round rule run said same saw say school
+sea second see seem sentence set seven she ship short should show side simple since sing sit six sleep slow
+small snow so some song soon sound south stand star start state stay step still stone stop story street strong
+study such sun sure table take talk teach tell ten than that the their them then there these they thing think
+this those though thought three through time to together told too took top toward town travel tree true try turn
+two under until up us use very voice wait walk want war warm was watch water way we week well went were west
+what wheel when where which while white who whole why will wind with wood word work world would write year yet
+you young your
 """.split()
 SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 CHAT_TEMPLATE = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import anyio
@@ -93,6 +94,7 @@ class Flight:
         priority: int,
         deadline: float | None,
         submitted: float,
+        on_end: Callable[[], object],
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
@@ -110,6 +112,7 @@ class Flight:
         self.branches = [Branch(self, index) for index in range(sampling.n)]
         self._news = anyio.Event()
         self._wants_chunks = False
+        self._on_end = on_end
 
     @property
     def done(self) -> bool:
@@ -119,7 +122,7 @@ class Flight:
     def took(self, now: float) -> None:
         """Tell whoever waits that branches took something in."""
         if self.ended is None and all(branch.finish_reason is not None for branch in self.branches):
-            self.ended = now
+            self._end(now)
         if self.done or self._wants_chunks:
             self._news.set()
 
@@ -127,8 +130,12 @@ class Flight:
         """End with an error."""
         if self.ended is None:
             self.error = error
-            self.ended = now
+            self._end(now)
             self._news.set()
+
+    def _end(self, now: float) -> None:
+        self.ended = now
+        self._on_end()
 
     async def wait(self, *, for_chunks: bool) -> None:
         """Until there is a new chunk, or (not `for_chunks`) until the request is done."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
@@ -13,6 +13,11 @@ from preble.errors import InvalidRequest, UnknownOption
 
 MAX_LOGPROBS = 64
 """The largest `logprobs` a request may ask for."""
+
+MAX_SEED = 2**63 - 1
+
+MAX_LOGIT_BIAS = 1e6
+"""Above this a bias would only cost the other logits their precision; 1e6 forces a token already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +41,12 @@ class SamplingParams:
     top_p: float = 1.0
     """Keep the smallest set of tokens with at least this probability, in (0, 1]."""
     top_k: int = 0
-    """Keep the k most probable tokens; 0 keeps all."""
+    """Keep the k most probable tokens and those equal to the k-th; 0 keeps all, 1 is greedy."""
     min_p: float = 0.0
     """Drop tokens less probable than `min_p` times the most probable one, in [0, 1]."""
     repetition_penalty: float = 1.0
-    """Divide positive and multiply negative logits of tokens seen in prompt or output (CTRL, Keskar et al. 2019)."""
+    """Divide positive and multiply negative logits of tokens seen in prompt or output (CTRL, Keskar et al. 2019), in
+    [0.01, 100]."""
     presence_penalty: float = 0.0
     """Subtracted once from the logit of each token already generated, in [-2, 2]."""
     frequency_penalty: float = 0.0
@@ -58,7 +64,7 @@ class SamplingParams:
     logprobs: int | None = None
     """Report the log-probability of each token and of this many most probable ones, before any of the above."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token id, value added to its logit); a mapping is accepted. -inf bans a token."""
+    """(token id, value added to its logit); a mapping is accepted. -inf bans a token, 1e6 is the most."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "n"):
@@ -68,20 +74,21 @@ class SamplingParams:
         self._number("temperature", 0.0, math.inf)
         self._number("top_p", 0.0, 1.0, open_low=True)
         self._number("min_p", 0.0, 1.0)
-        self._number("repetition_penalty", 0.0, math.inf, open_low=True)
+        self._number("repetition_penalty", 0.01, 100.0)
         self._number("presence_penalty", -2.0, 2.0)
         self._number("frequency_penalty", -2.0, 2.0)
         if self.seed is not None:
-            self._integer("seed", low=0, high=2**63 - 1)
+            self._integer("seed", low=0, high=MAX_SEED)
         if self.logprobs is not None:
             self._integer("logprobs", low=0, high=MAX_LOGPROBS)
-        if not isinstance(self.ignore_eos, bool):
-            raise InvalidRequest(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
+        self._flag("ignore_eos")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         if self.min_tokens > self.max_tokens:
             raise InvalidRequest(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        if self.seed is not None and self.seed + self.n - 1 > MAX_SEED:
+            raise InvalidRequest(f"seed={self.seed} leaves no room for n={self.n} seeds below 2**63")
         if self.temperature == 0.0 and self.n > 1:
             raise InvalidRequest(
                 f"n={self.n} with temperature=0 would give {self.n} equal texts: raise temperature, or ask for n=1"
@@ -114,53 +121,90 @@ class SamplingParams:
 
     def _integer(self, name: str, low: int, high: int | None = None) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, Integral):
+        number = _as_integer(value)
+        if number is None:
             raise InvalidRequest(f"{name} must be an integer, not {value!r}")
-        if value < low or (high is not None and value > high):
+        if number < low or (high is not None and number > high):
             allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise InvalidRequest(f"{name} must be {allowed}, not {value}")
-        object.__setattr__(self, name, int(value))
+            raise InvalidRequest(f"{name} must be {allowed}, not {number}")
+        object.__setattr__(self, name, number)
 
     def _number(self, name: str, low: float, high: float, open_low: bool = False) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        number = _as_float(value)
+        if number is None or not math.isfinite(number):
             raise InvalidRequest(f"{name} must be a finite number, not {value!r}")
-        if value > high or value < low or (open_low and value == low):
+        if number > high or number < low or (open_low and number == low):
             bounds = f"{'above' if open_low else 'at least'} {low:g}"
             if high != math.inf:
                 bounds += f" and at most {high:g}"
-            raise InvalidRequest(f"{name} must be {bounds}, not {value}")
-        object.__setattr__(self, name, float(value))
+            raise InvalidRequest(f"{name} must be {bounds}, not {number}")
+        object.__setattr__(self, name, number)
+
+    def _flag(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, bool) and getattr(value, "dtype", None) != "bool":
+            raise InvalidRequest(f"{name} must be True or False, not {value!r}")
+        object.__setattr__(self, name, bool(value))
 
 
 REQUEST_OPTIONS = frozenset({"sampling", "priority", "timeout", "namespace", "request_id"})
 """What `generate` takes besides sampling values; known here so that a misspelling finds its neighbour."""
 
 
+def _as_integer(value: object) -> int | None:
+    """The int that `value` is (numpy's integers too), or `None`; `True` is none."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
+def _as_float(value: object) -> float | None:
+    """The float that `value` is (numpy's numbers and integers too), or `None`; `True` is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond the largest float
+        return None
+
+
 def _stop_strings(value: object) -> tuple[str, ...]:
-    strings = (value,) if isinstance(value, str) else value
-    if not isinstance(strings, Sequence) or not all(isinstance(one, str) for one in strings):
+    if isinstance(value, str):
+        strings: tuple[object, ...] = (value,)
+    else:
+        strings = tuple(value) if isinstance(value, Iterable) else (None,)
+    texts = tuple(one for one in strings if isinstance(one, str))
+    if len(texts) != len(strings):
         raise InvalidRequest(f"stop must be a string or a sequence of strings, not {value!r}")
-    if "" in strings:
+    if "" in texts:
         raise InvalidRequest("stop: an empty string would end every text at once")
-    return tuple(strings)
+    return texts
 
 
 def _token_ids(name: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
         raise InvalidRequest(f"{name} must be a sequence of token ids, not {value!r}")
-    for token in value:
-        if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
-            raise InvalidRequest(f"{name} must hold non-negative integers, not {token!r}")
-    return tuple(int(token) for token in value)
+    return tuple(_token_id(name, token) for token in value)
+
+
+def _token_id(name: str, value: object) -> int:
+    token = _as_integer(value)
+    if token is None or token < 0:
+        raise InvalidRequest(f"{name} must hold non-negative integers, not {value!r}")
+    return token
 
 
 def _biases(value: object) -> tuple[tuple[int, float], ...]:
-    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
-    if not isinstance(pairs, Sequence) or not all(isinstance(one, tuple) and len(one) == 2 for one in pairs):
+    pairs = value.items() if isinstance(value, Mapping) else value
+    if not isinstance(pairs, Iterable) or isinstance(pairs, str | bytes):
         raise InvalidRequest(f"logit_bias must map token ids to numbers, not {value!r}")
-    _token_ids("logit_bias", [token for token, _ in pairs])
-    for token, bias in pairs:
-        if isinstance(bias, bool) or not isinstance(bias, Real) or math.isnan(bias) or bias == math.inf:
-            raise InvalidRequest(f"logit_bias[{token}] must be a number below infinity, not {bias!r}")
-    return tuple((int(token), float(bias)) for token, bias in pairs)
+    biases: dict[int, float] = {}
+    for pair in pairs:
+        if not isinstance(pair, Sequence) or isinstance(pair, str | bytes) or len(pair) != 2:
+            raise InvalidRequest(f"logit_bias must map token ids to numbers, not hold {pair!r}")
+        token, bias = _token_id("logit_bias", pair[0]), _as_float(pair[1])
+        if bias is None or math.isnan(bias) or bias > MAX_LOGIT_BIAS:
+            raise InvalidRequest(f"logit_bias[{token}] must be a number up to {MAX_LOGIT_BIAS:g}, not {pair[1]!r}")
+        if token in biases:
+            raise InvalidRequest(f"logit_bias names token id {token} twice")
+        biases[token] = bias
+    return tuple(biases.items())

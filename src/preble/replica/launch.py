@@ -7,8 +7,9 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from preble.engine.kv_cache import KVCache
 from preble.engine.loading import load_model
 from preble.engine.tokenizer import Tokenizer
 from preble.errors import DeviceError, InvalidRequest
-from preble.outputs import ReplicaStats
 from preble.replica.base import Listener, Replica
 from preble.replica.thread import ThreadReplica
 
@@ -45,24 +45,7 @@ class Loaded:
     capacity_tokens: int
     """Tokens of KV that one replica holds."""
     torch_threads: int
-    temporary: tempfile.TemporaryDirectory[str] | None = None
-
-
-@dataclass(slots=True)
-class Launched:
-    """Running replicas."""
-
-    replicas: list[Replica]
-    stats: list[ReplicaStats]
-    tokenizer: Tokenizer
-    config: ModelConfig
-    capacity_tokens: int
-    temporary: tempfile.TemporaryDirectory[str] | None = field(default=None)
-
-    def close(self) -> None:
-        """Remove what loading left on disk."""
-        if self.temporary is not None:
-            self.temporary.cleanup()
+    """Intra-op threads of each replica on the CPU."""
 
 
 def load(
@@ -86,20 +69,12 @@ def load(
     wanted_bytes = None if kv_memory is None else parse_bytes(kv_memory)
     placed = place_replicas(replicas, devices)
     began = time.monotonic()
-    temporary = None
-    if model == "demo":
-        from preble.demo_model import write_demo_model
-
-        temporary = tempfile.TemporaryDirectory(prefix="preble-demo-")
-        write_demo_model(Path(temporary.name))
-        folder = Path(temporary.name)
-    else:
-        folder = resolve_model(model)
-    tokenizer = Tokenizer(folder)
-    models: dict[torch.device, Model] = {}
-    for device in placed:
-        if device not in models:
-            models[device] = load_model(folder, device=device, dtype=dtype)
+    with _checkpoint_folder(model) as folder:
+        tokenizer = Tokenizer(folder)
+        models: dict[torch.device, Model] = {}
+        for device in placed:
+            if device not in models:
+                models[device] = load_model(folder, device=device, dtype=dtype)
     config = models[placed[0]].config
     pages = min(kv_pages(models[device], page_size, wanted_bytes, sharing=placed.count(device)) for device in models)
     engines = [
@@ -125,17 +100,28 @@ def load(
     )
     on_cpu = sum(device.type == "cpu" for device in placed)
     torch_threads = max(len(os.sched_getaffinity(0)) // max(on_cpu, 1), 1)
-    return Loaded(engines, tokenizer, config, pages * page_size, torch_threads, temporary)
+    return Loaded(engines, tokenizer, config, pages * page_size, torch_threads)
 
 
-def launch(loaded: Loaded, listener: Listener) -> Launched:
+@contextmanager
+def _checkpoint_folder(model: str | PathLike[str]) -> Iterator[Path]:
+    """The folder to load from; the built-in model's exists only meanwhile."""
+    if model != "demo":
+        yield resolve_model(model)
+        return
+    from preble.demo_model import write_demo_model
+
+    with tempfile.TemporaryDirectory(prefix="preble-demo-") as folder:
+        write_demo_model(Path(folder))
+        yield Path(folder)
+
+
+def launch(loaded: Loaded, listener: Listener) -> list[Replica]:
     """Start a thread for each engine."""
-    stats = [engine.stats() for engine in loaded.engines]
-    replicas: list[Replica] = [
+    return [
         ThreadReplica(engine, listener, number=number, torch_threads=loaded.torch_threads)
         for number, engine in enumerate(loaded.engines)
     ]
-    return Launched(replicas, stats, loaded.tokenizer, loaded.config, loaded.capacity_tokens, loaded.temporary)
 
 
 def place_replicas(replicas: int | None, devices: Sequence[str] | None) -> list[torch.device]:
