@@ -1,0 +1,75 @@
+"""Deciding which replica gets a request, and what a replica does next. No torch, no I/O, no clock, no threads.
+
+Names are loaded when they are first used, so that `import preble.sched` costs nothing, numpy included.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from preble.sched.events import (
+        Admitted,
+        Event,
+        Evicted,
+        Finished,
+        Progressed,
+        ReplicaDown,
+        ReplicaUp,
+        StepTimed,
+        Stored,
+    )
+    from preble.sched.explanation import Candidate, Explanation
+    from preble.sched.placement import Placement, Waiting
+    from preble.sched.policies import POLICIES, Choice, Policy, ReplicaView, RequestView, View
+    from preble.sched.scheduler import GlobalScheduler
+
+_HOMES = {
+    "events": (
+        "Admitted",
+        "Event",
+        "Evicted",
+        "Finished",
+        "Progressed",
+        "ReplicaDown",
+        "ReplicaUp",
+        "StepTimed",
+        "Stored",
+    ),
+    "explanation": ("Candidate", "Explanation"),
+    "placement": ("Placement", "Waiting"),
+    "policies": ("POLICIES", "Choice", "Policy", "ReplicaView", "RequestView", "View"),
+    "scheduler": ("GlobalScheduler",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "POLICIES",
+    "Admitted",
+    "Candidate",
+    "Choice",
+    "Event",
+    "Evicted",
+    "Explanation",
+    "Finished",
+    "GlobalScheduler",
+    "Placement",
+    "Policy",
+    "Progressed",
+    "ReplicaDown",
+    "ReplicaUp",
+    "ReplicaView",
+    "RequestView",
+    "StepTimed",
+    "Stored",
+    "View",
+    "Waiting",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value

@@ -7,7 +7,7 @@ never correctness: engines compare the tokens themselves.
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,41 +16,62 @@ Tokens = NDArray[np.int32]
 Hashes = NDArray[np.uint64]
 
 _MASK = (1 << 64) - 1
+_LARGEST_TABLE = 1 << 20
+_GOLDEN, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_27, _30, _31 = (np.uint64(n) for n in (27, 30, 31))
 
 
 def _mix(values: Hashes) -> Hashes:
     """splitmix64's finalizer (Steele et al., 2014), in place."""
-    values += np.uint64(0x9E3779B97F4A7C15)
-    values ^= values >> np.uint64(30)
-    values *= np.uint64(0xBF58476D1CE4E5B9)
-    values ^= values >> np.uint64(27)
-    values *= np.uint64(0x94D049BB133111EB)
-    values ^= values >> np.uint64(31)
+    values += _GOLDEN
+    values ^= values >> _30
+    values *= _FIRST
+    values ^= values >> _27
+    values *= _SECOND
+    values ^= values >> _31
     return values
 
 
+# Looking `mix` up is several times faster than computing it. Both tables only ever grow, by replacement: engines hash
+# in threads of their own, so a function keeps using the array it read.
+_mixed_tokens: Hashes = np.empty(0, np.uint64)
 _position_weights: Hashes = np.empty(0, np.uint64)
+
+
+def _mix_tokens(tokens: Tokens) -> Hashes:
+    global _mixed_tokens
+    try:
+        mixed: Hashes = _mixed_tokens.take(tokens)
+    except IndexError:
+        largest = int(tokens.max())
+        if largest >= _LARGEST_TABLE:
+            return _mix(tokens.astype(np.uint64))
+        _mixed_tokens = table = _mix(np.arange(max(1 << largest.bit_length(), 1 << 15), dtype=np.uint64))
+        mixed = table.take(tokens)
+    return mixed
 
 
 def _weights(start: int, stop: int) -> Hashes:
     global _position_weights
-    if len(_position_weights) < stop:
-        size = max(stop, 2 * len(_position_weights), 4096)
-        _position_weights = _mix(np.arange(size, dtype=np.uint64)) | np.uint64(1)
-    return _position_weights[start:stop]
+    weights = _position_weights
+    if len(weights) < stop:
+        size = max(stop, 2 * len(weights), 4096)
+        _position_weights = weights = _mix(np.arange(size, dtype=np.uint64)) | np.uint64(1)
+    return weights[start:stop]
 
 
 def namespace_salt(namespace: str) -> int:
     """The hash of the empty prefix of a namespace."""
-    raw = namespace.encode()
-    return (zlib.crc32(raw) << 32 | zlib.adler32(raw)) if raw else 0
+    if not namespace:
+        return 0
+    return int.from_bytes(hashlib.blake2b(namespace.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def page_hashes(tokens: Tokens, page_size: int, *, start: int = 0, base: int = 0) -> Hashes:
     """Prefix hashes at the end of each whole page of `tokens`.
 
     Args:
-        tokens: int32 [n], the tokens at positions `start` to `start + n`.
+        tokens: int32 [n], none negative, the tokens at positions `start` to `start + n`.
         page_size: tokens in a page; a partial last page has no hash.
         start: position of the first token.
         base: hash of the prefix that ends at `start` (`namespace_salt` where `start` is 0).
@@ -58,12 +79,10 @@ def page_hashes(tokens: Tokens, page_size: int, *, start: int = 0, base: int = 0
     Returns:
         uint64 [n // page_size].
     """
-    pages = len(tokens) // page_size
-    if pages == 0:
+    count = len(tokens) - len(tokens) % page_size
+    if count == 0:
         return np.empty(0, np.uint64)
-    count = pages * page_size
-    terms = _mix(tokens[:count].astype(np.uint64))
+    terms = _mix_tokens(tokens[:count])
     terms *= _weights(start, start + count)
-    hashes: Hashes = np.cumsum(terms.reshape(pages, page_size).sum(axis=1, dtype=np.uint64), dtype=np.uint64)
-    hashes += np.uint64(base & _MASK)
+    hashes: Hashes = terms.cumsum()[page_size - 1 :: page_size] + np.uint64(base & _MASK)
     return hashes

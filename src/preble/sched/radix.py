@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from preble.sched.hashing import Hashes, Tokens, namespace_salt, page_hashes
+from preble.sched.invariants import require
 
 
 class Node:
@@ -72,9 +73,9 @@ class RadixTree(Generic[N]):
                 break
             node = child  # type: ignore[assignment]  # children have their parent's type
             stop = min(node.end, limit)
-            differs = tokens[matched:stop] != node.tokens[: stop - matched]
-            first = int(differs.argmax())
-            if differs[first]:
+            run, edge = tokens[matched:stop], node.tokens[: stop - matched]
+            if run.tobytes() != edge.tobytes():  # for the usual length faster than comparing the arrays
+                first = int((run != edge).argmax())
                 return node, matched + first - first % page
             if stop < node.end:
                 return node, stop
@@ -95,7 +96,8 @@ class RadixTree(Generic[N]):
         parent = node.parent
         assert parent is not None
         assert 0 < keep < len(node.tokens)
-        upper = self._node_type(node.tokens[:keep], node.hashes[:pages], parent, node.start)
+        # The upper part is copied, so that it does not keep the memory of a lower part that is gone.
+        upper = self._node_type(node.tokens[:keep].copy(), node.hashes[:pages].copy(), parent, node.start)
         parent.children[self._key(node)] = upper
         node.tokens = node.tokens[keep:]
         node.hashes = node.hashes[pages:]
@@ -132,18 +134,18 @@ class RadixTree(Generic[N]):
     def check(self) -> None:
         """Prove the structure from scratch."""
         for namespace, root in self.roots.items():
-            assert root.parent is None
-            assert root.start == root.end == 0
-            assert int(root.hashes[0]) == namespace_salt(namespace)
+            require(root.parent is None and root.start == root.end == 0, f"namespace {namespace!r}: not a root")
+            require(int(root.hashes[0]) == namespace_salt(namespace), f"namespace {namespace!r}: wrong salt")
         for node in self.nodes():
             parent = node.parent
+            where = f"node {node.start}:{node.end}"
             assert parent is not None
-            assert node.start == parent.end
-            assert len(node.tokens) == node.end - node.start > 0
-            assert len(node.tokens) % self.page_size == 0
-            assert parent.children[self._key(node)] is node
+            require(node.start == parent.end, f"{where} does not start where its parent ends")
+            require(len(node.tokens) == node.end - node.start > 0, f"{where} holds {len(node.tokens)} tokens")
+            require(len(node.tokens) % self.page_size == 0, f"{where} is not made of whole pages")
+            require(parent.children.get(self._key(node)) is node, f"{where} is not its parent's child")
             expected = page_hashes(node.tokens, self.page_size, start=node.start, base=int(parent.hashes[-1]))
-            assert np.array_equal(node.hashes, expected)
+            require(np.array_equal(node.hashes, expected), f"{where} has wrong hashes")
 
     def _key(self, node: Node) -> bytes:
         key: bytes = node.tokens[: self.page_size].tobytes()

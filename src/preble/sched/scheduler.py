@@ -1,0 +1,391 @@
+"""The global scheduler: which replica gets a request, decided and booked in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from random import Random
+from typing import Any
+
+from preble.errors import InvalidRequest
+from preble.sched.events import (
+    Admitted,
+    Event,
+    Evicted,
+    Finished,
+    Progressed,
+    ReplicaDown,
+    ReplicaUp,
+    StepTimed,
+    Stored,
+)
+from preble.sched.explanation import Explanation
+from preble.sched.fleet import Fleet
+from preble.sched.invariants import require
+from preble.sched.ledger import Ledger
+from preble.sched.placement import Placement, Waiting
+from preble.sched.policies import Choice, Policy, ReplicaView, View, make_policy
+from preble.sched.request import Request
+from preble.sched.token_ids import TokenIds, as_tokens
+from preble.sched.waiting import WaitingQueue
+
+WINDOW = 180.0
+"""Seconds for which a prefix is remembered that no replica holds and nobody uses: H in the paper."""
+
+
+class GlobalScheduler:
+    """Places requests on replicas: a state machine without I/O, clock or threads.
+
+    Time comes in as `now`, in seconds on any clock that does not go back; results go out as values. The same seed and
+    the same calls give the same decisions. A placement is entered in the replica's books before `submit` returns, so
+    a burst of requests cannot herd.
+
+    A request that no replica can take waits here. Waiting requests are served by priority (higher first), then
+    deadline (earlier first), then age. `apply`, `poll` and `cancel` return the placements they made possible; after
+    `add_replica` call `poll`.
+
+    Args:
+        replicas: how many there are at the start, numbered from 0.
+        capacity_tokens: tokens that the KV pages of one replica hold.
+        page_size: tokens in a page, the same on all replicas.
+        policy: name of a policy, or an object of your own (`preble.sched.Policy`).
+        seed: of the lots drawn between equal replicas.
+        window: seconds for which a prefix is remembered that no replica holds and nobody uses.
+
+    Raises:
+        InvalidRequest: an argument is out of its range, or no policy has that name.
+    """
+
+    def __init__(
+        self,
+        replicas: int = 1,
+        *,
+        capacity_tokens: int,
+        page_size: int = 64,
+        policy: str | Policy = "e2",
+        seed: int = 0,
+        window: float = WINDOW,
+    ) -> None:
+        if replicas < 0:
+            raise InvalidRequest(f"replicas must be at least 0, not {replicas}")
+        if page_size < 1:
+            raise InvalidRequest(f"page_size must be at least 1, not {page_size}")
+        if not window >= 0:
+            raise InvalidRequest(f"window must be at least 0 seconds, not {window}")
+        self._policy = make_policy(policy)
+        self._capacity_tokens = capacity_tokens
+        self._random = Random(seed)
+        self._fleet = Fleet(page_size, window)
+        self._requests: dict[str, Request] = {}
+        self._waiting = WaitingQueue()
+        self._now = float("-inf")
+        self._submitted = 0
+        self._handlers: dict[type[Event], Callable[[Ledger, Any], None]] = {
+            Admitted: self._admitted,
+            Progressed: self._progressed,
+            Finished: self._finished,
+            Stored: self._stored,
+            Evicted: self._evicted,
+            StepTimed: self._step_timed,
+            ReplicaDown: self._down,
+            ReplicaUp: self._up,
+        }
+        for _ in range(replicas):
+            self.add_replica()
+
+    # Requests
+
+    def submit(
+        self,
+        request_id: str,
+        token_ids: TokenIds,
+        *,
+        now: float,
+        max_tokens: int = 256,
+        namespace: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Placement | Waiting:
+        """Place a request, or let it wait; in that case a later `apply`, `poll` or `cancel` returns its placement.
+
+        Args:
+            request_id: unique among the requests that have not ended.
+            token_ids: the prompt, integers [n] that fit in int32, none negative; copied.
+            now: seconds; a time before the latest one counts as that.
+            max_tokens: the most tokens it may generate.
+            namespace: prefixes are shared only within one.
+            priority: higher is served first.
+            deadline: seconds on the same clock; among equals of priority the earliest is served first.
+
+        Raises:
+            InvalidRequest: the prompt or another argument is malformed, or the request is already here.
+        """
+        if request_id in self._requests:
+            raise InvalidRequest(f"request {request_id!r} is already here and has not ended")
+        request = Request(
+            request_id,
+            as_tokens(token_ids),
+            max_tokens=max_tokens,
+            namespace=namespace,
+            priority=priority,
+            deadline=deadline,
+            number=self._submitted,
+        )
+        self._advance(now)
+        placement = None if self._waiting else self._place(request)
+        self._submitted += 1
+        self._requests[request_id] = request
+        if placement is not None:
+            return placement
+        self._waiting.push(request)
+        return Waiting(request_id, self._obstacle())
+
+    def apply(self, event: Event, *, now: float) -> list[Placement]:
+        """Take in what a replica reports; returns the placements that this made possible.
+
+        What a request or a replica no longer here sends is ignored. After `ReplicaDown` the requests that were in
+        flight there are placed again, under their ids, on other replicas; those among them that are not in the
+        returned list wait.
+
+        Raises:
+            InvalidRequest: this is no event, or it names a replica that never was.
+        """
+        handler = self._handlers.get(type(event))
+        if handler is None:
+            raise InvalidRequest(f"not an event of preble.sched.events: {event!r}")
+        ledger = self._fleet.ledgers.get(event.replica)
+        if ledger is None and not 0 <= event.replica < self._fleet.numbers_used:
+            raise InvalidRequest(f"{event!r}: there never was a replica {event.replica}")
+        self._advance(now)
+        if ledger is not None:
+            handler(ledger, event)
+        return self._place_waiting()
+
+    def poll(self, now: float) -> list[Placement]:
+        """Let time pass; returns the placements that are possible now."""
+        self._advance(now)
+        return self._place_waiting()
+
+    def cancel(self, request_id: str, *, now: float) -> list[Placement]:
+        """Forget a request, whether it waits or is on a replica; its `Finished` may still come. An id that is not here
+        is ignored. Returns the placements that this made possible."""
+        self._advance(now)
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            if request.ledger is None:
+                self._waiting.remove(request)
+            else:
+                self._fleet.leave(request, self._now)
+        return self._place_waiting()
+
+    def explain(
+        self,
+        token_ids: TokenIds,
+        *,
+        now: float,
+        max_tokens: int = 256,
+        namespace: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Explanation:
+        """What `submit` would do with this prompt, and why. Changes nothing.
+
+        Raises:
+            InvalidRequest: the prompt or another argument is malformed.
+        """
+        request = Request(
+            "",
+            as_tokens(token_ids),
+            max_tokens=max_tokens,
+            namespace=namespace,
+            priority=priority,
+            deadline=deadline,
+            number=self._submitted,
+        )
+        fleet = self._fleet
+        found = fleet.tree.find(namespace, request.tokens)
+        replica, reason = None, self._obstacle()
+        costs: dict[int, Mapping[str, float]] = {}
+        if fleet.eligible:
+            lots = Random()
+            lots.setstate(self._random.getstate())
+            view = fleet.view(request, *found, max(now, self._now), lots)
+            costs = {one.replica: self._policy.costs(view, index) for index, one in enumerate(view.replicas)}
+            choice = None if self._waiting else self._choose(view)
+            if choice is not None:
+                replica, reason = view.replicas[choice.chosen].replica, choice.reason
+        candidates = fleet.candidates(*found, costs)
+        return Explanation(self._policy.name, request.prompt_tokens, replica, reason, candidates)
+
+    # Replicas
+
+    def add_replica(self, *, capacity_tokens: int | None = None) -> int:
+        """One more replica, with an empty cache; returns its number, which was never used before.
+
+        Args:
+            capacity_tokens: tokens that its KV pages hold; by default as many as those of the first ones.
+
+        Raises:
+            InvalidRequest: that is less than a page.
+        """
+        return self._fleet.add(self._capacity_tokens if capacity_tokens is None else capacity_tokens)
+
+    def remove_replica(self, replica: int, *, now: float) -> list[str]:
+        """Forget a replica. Returns the ids of the requests in flight there, oldest first; they are forgotten as well,
+        and may be submitted again.
+
+        Raises:
+            InvalidRequest: there is no such replica.
+        """
+        ledger = self._fleet.ledger(replica)
+        self._advance(now)
+        lost = [request.request_id for request in self._fleet.remove(ledger, self._now)]
+        for request_id in lost:
+            del self._requests[request_id]
+        return lost
+
+    def drain(self, replica: int) -> None:
+        """Place nothing more on a replica; what is in flight there goes on.
+
+        Raises:
+            InvalidRequest: there is no such replica.
+        """
+        self._fleet.drain(self._fleet.ledger(replica))
+
+    # What is where
+
+    @property
+    def policy_name(self) -> str:
+        """The policy in use."""
+        return self._policy.name
+
+    @property
+    def replicas(self) -> tuple[ReplicaView, ...]:
+        """The books of all replicas, by number. Read them, never change them."""
+        return tuple(self._fleet.ledgers.values())
+
+    @property
+    def waiting(self) -> list[str]:
+        """The requests that wait here, the next one to be served first."""
+        return [request.request_id for request in self._waiting]
+
+    @property
+    def tree_pages(self) -> int:
+        """Pages in the prefix tree, over all namespaces."""
+        return self._fleet.tree.pages
+
+    def in_flight(self, replica: int) -> list[str]:
+        """The requests placed on a replica that have not ended, in order of placement.
+
+        Raises:
+            InvalidRequest: there is no such replica.
+        """
+        return list(self._fleet.ledger(replica).requests)
+
+    def resident_pages(self, replica: int) -> frozenset[int]:
+        """The hashes of the pages in a replica's prefix cache (`preble.sched.hashing`), as its events tell.
+
+        Raises:
+            InvalidRequest: there is no such replica.
+        """
+        return self._fleet.tree.resident(self._fleet.ledger(replica).cache)
+
+    def check(self) -> None:
+        """Prove every invariant from scratch.
+
+        Raises:
+            AssertionError: one does not hold; the message names it.
+        """
+        self._fleet.check()
+        waiting = list(self._waiting)
+        require([one.urgency for one in waiting] == sorted(one.urgency for one in waiting), "the queue is out of order")
+        require(all(one.ledger is None and one.prediction is None for one in waiting), "a waiting request is booked")
+        placed = [one for ledger in self._fleet.ledgers.values() for one in ledger.requests.values()]
+        here = {one.request_id: one for one in waiting + placed}
+        require(len(here) == len(waiting) + len(placed), "a request is in two places")
+        require(here == self._requests, "a request is lost, or was never submitted")
+
+    # Deciding
+
+    def _advance(self, now: float) -> None:
+        if now > self._now:
+            self._now = now
+            self._fleet.tree.sweep(now)
+
+    def _place(self, request: Request) -> Placement | None:
+        """Choose and book in one go; `None`, with nothing changed, if the request must wait."""
+        fleet = self._fleet
+        if not fleet.eligible:
+            return None
+        node, matched = fleet.tree.find(request.namespace, request.tokens)
+        view = fleet.view(request, node, matched, self._now, self._random)
+        choice = self._choose(view)
+        if choice is None:
+            return None
+        ledger = fleet.eligible[choice.chosen]
+        cached = view.matched[choice.chosen]
+        fleet.place(request, ledger, cached, node, matched, self._now)
+        return Placement(request.request_id, ledger.replica, cached, choice.reason, dict(choice.costs))
+
+    def _choose(self, view: View) -> Choice | None:
+        choice = self._policy.choose(view)
+        if choice is not None and not 0 <= choice.chosen < len(view.replicas):
+            raise IndexError(f"policy {self._policy.name!r} chose {choice.chosen} of {len(view.replicas)} replicas")
+        return choice
+
+    def _place_waiting(self) -> list[Placement]:
+        placements: list[Placement] = []
+        while self._waiting:
+            request = self._waiting.first()
+            placement = self._place(request)
+            if placement is None:
+                break
+            self._waiting.remove(request)
+            placements.append(placement)
+        return placements
+
+    def _obstacle(self) -> str:
+        """Why a request would wait."""
+        if self._fleet.eligible:
+            return "others wait before it" if self._waiting else "every replica is busy"
+        states = {ledger.state for ledger in self._fleet.ledgers.values()}
+        return "every replica that is up drains" if "draining" in states else "no replica is up"
+
+    # Replicas report
+
+    def _admitted(self, ledger: Ledger, event: Admitted) -> None:
+        request = ledger.requests.get(event.request_id)
+        if request is not None:
+            ledger.admit(request, event.cached_tokens)
+
+    def _progressed(self, ledger: Ledger, event: Progressed) -> None:
+        request = ledger.requests.get(event.request_id)
+        if request is not None:
+            if event.new_tokens:
+                request.generated(event.new_tokens, event.computed_tokens + 1)
+            ledger.progress(request, event.computed_tokens)
+
+    def _finished(self, ledger: Ledger, event: Finished) -> None:
+        request = ledger.requests.get(event.request_id)
+        if request is not None:
+            self._fleet.leave(request, self._now)
+            del self._requests[event.request_id]
+
+    def _stored(self, ledger: Ledger, event: Stored) -> None:
+        if ledger.up and (news := ledger.cache.order.news(event.sequence, event.hashes)) is not None:
+            self._fleet.tree.store(ledger.cache, news)
+
+    def _evicted(self, ledger: Ledger, event: Evicted) -> None:
+        if ledger.up and (news := ledger.cache.order.news(event.sequence, event.hashes)) is not None:
+            self._fleet.tree.evict(ledger.cache, news)
+
+    def _step_timed(self, ledger: Ledger, event: StepTimed) -> None:
+        """No policy weighs times yet."""
+
+    def _down(self, ledger: Ledger, event: ReplicaDown) -> None:
+        if ledger.up:
+            for request in self._fleet.down(ledger, self._now):
+                self._waiting.push(request)
+
+    def _up(self, ledger: Ledger, event: ReplicaUp) -> None:
+        if not ledger.up:
+            self._fleet.up(ledger, event.sequence)
