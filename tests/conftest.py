@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# One thread computes these tiny models fastest. Where a test lets torch use more, they must not spin for the cores that
+# another test run needs. OpenMP reads both when torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["GOMP_SPINCOUNT"] = "100"
 
 import pytest
 

@@ -392,10 +392,7 @@ class Cluster:
                 raise
             return flight
 
-        return Stream(start, self._abandon, timeout)
-
-    def _abandon(self, flight: Flight) -> None:
-        self._dispatcher.end_soon(flight)
+        return Stream(start, self._dispatcher.end, self._dispatcher.end_soon, timeout)
 
     def _check_length(self, prompt: Tokens) -> None:
         config = self._config

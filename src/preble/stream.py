@@ -27,10 +27,12 @@ class Stream:
         self,
         start: Callable[[], Awaitable[Flight]],
         abandon: Callable[[Flight], None],
+        abandon_soon: Callable[[Flight], None],
         timeout: float | None,
     ) -> None:
         self._start = start
         self._abandon = abandon
+        self._abandon_soon = abandon_soon
         self._timeout = timeout
         self._deadline = float("inf")
         self._flight: Flight | None = None
@@ -66,15 +68,15 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Abort the request if it still runs. Harmless when called again."""
+        """Abort the request if it still runs. Harmless when called again. Call it where the cluster runs."""
         self._closed = True
         if self._flight is not None and not self._flight.done:
             self._abandon(self._flight)
 
     def __del__(self) -> None:
-        # An `async for` that is left by `break` drops its stream without a word.
+        # An `async for` that is left by `break` drops its stream without a word, and the collector may run anywhere.
         if self._flight is not None and not self._flight.done:
-            self._abandon(self._flight)
+            self._abandon_soon(self._flight)
 
     async def finish(self) -> GenerationOutput:
         """Wait for the end without looking at chunks."""

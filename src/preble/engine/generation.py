@@ -26,11 +26,12 @@ class Generation:
         prompt, delivered = request.token_ids[: request.prompt_length], request.token_ids[request.prompt_length :]
         self.started: float | None = None
         """`time.monotonic()` of the first step that worked on the request."""
-        self.sampling = SamplingState(params, request.seed, prompt, config.vocabulary_size, tokenizer.eos_token_ids)
+        eos = config.eos_token_ids | tokenizer.eos_token_ids
+        self.sampling = SamplingState(params, request.seed, prompt, config.vocabulary_size, eos)
         self._params = params
         self._stop_tokens = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
-            self._stop_tokens |= tokenizer.eos_token_ids
+            self._stop_tokens |= eos
         self._detokenizer = Detokenizer(tokenizer)
         self._matcher = StopMatcher(params.stop)
         for count, token in enumerate(delivered.tolist(), start=1):

@@ -25,8 +25,15 @@ class ThreadReplica:
         self._wake = threading.Condition()
         self._inbox: list[Command] = []
         self._stopping = False
+        self._parked = False
         self._thread = threading.Thread(target=self._run, name=f"preble-replica-{number}", daemon=True)
         self._thread.start()
+
+    @property
+    def idle(self) -> bool:
+        """Whether the replica took in every command and has nothing left to compute."""
+        with self._wake:
+            return self._parked and not self._inbox
 
     def submit(self, request: Submit) -> None:
         self._send(request)
@@ -56,7 +63,9 @@ class ThreadReplica:
                 while True:
                     with self._wake:
                         while not (self._inbox or self._stopping or engine.has_work):
+                            self._parked = True
                             self._wake.wait()
+                        self._parked = False
                         if self._stopping:
                             return
                         inbox, self._inbox = self._inbox, []
