@@ -25,10 +25,10 @@ SHARED_TOKENS = 256
 """Reading a common beginning once pays for the merge when it saves reading this many tokens."""
 LONG_RUN = 256
 """Runs of at least this many tokens are read in place, shorter ones gathered."""
-SHORT_TAIL = 128
-"""Decodes with at most this many tokens of their own are answered in batches."""
-GATHERED_TAILS = 1024
-"""Tokens in such a batch, padding included: more would leave the cache, and large allocations are mapped anew."""
+SHORT_TAIL = 256
+"""Decodes with at most this many tokens of their own are gathered and answered in batches, others alone."""
+GATHERED_TAILS = 512
+"""Tokens in such a batch, padding included: more would leave the cache."""
 GATHERED_RUNS = 2048
 """Tokens gathered for one read of several runs."""
 BAND = 256
@@ -52,12 +52,17 @@ class QuerySlice(Protocol):
 
 
 class PagedAttention:
-    """The attention of one forward pass: planned once for each sliding window, called by every layer."""
+    """The attention of one forward pass: planned once for each sliding window, called by every layer in turn.
+
+    Plans are independent of each other; one plan must not be called from two threads at once.
+    """
 
     def __init__(self, first: list[Read], more: list[Read], *, rows: int, group: int) -> None:
         self._first = first
         self._more = more
         self._group = group
+        self._gathered = max((read.gathered for read in first + more if isinstance(read, DecodeBatches)), default=0)
+        self._scratch: torch.Tensor | None = None
         rows_of_first = first[0].rows if first else None
         self._single = not more and isinstance(rows_of_first, slice) and rows_of_first == slice(0, rows)
 
@@ -77,7 +82,9 @@ class PagedAttention:
         K and V of the batch's own tokens must already lie in their slots.
         """
         grouped = q.view(q.shape[0], -1, self._group, q.shape[2])
-        operands = Operands(grouped, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], scale)
+        if self._scratch is None:
+            self._scratch = keys.new_empty((2, self._gathered, *keys.shape[1:]))
+        operands = Operands(grouped, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], scale, self._scratch)
         if self._single:
             return self._first[0](operands)[0].reshape(q.shape)
         out = torch.empty(grouped.shape, dtype=torch.float32 if self._more else q.dtype)

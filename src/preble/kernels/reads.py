@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from preble.kernels.runs import Run, slots_of, tokens_in
@@ -32,6 +33,8 @@ class Operands:
     """[1, kv_heads, slots, head_dim], a view of `[slots, kv_heads, head_dim]`; as are the values."""
     values: torch.Tensor
     scale: float
+    scratch: torch.Tensor
+    """[2, tokens, kv_heads, head_dim] to gather K and V of decodes: memory that is new in every layer is slow."""
 
 
 class Read(Protocol):
@@ -49,11 +52,6 @@ def rows_of(numbers: Sequence[int]) -> Rows:
     if all(number == first + i for i, number in enumerate(numbers)):
         return slice(first, first + len(numbers))
     return torch.tensor(numbers)
-
-
-def _gather(kv: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Tokens [tokens, kv_heads, head_dim] of an operand: whole slots are copied, which lie together in memory."""
-    return kv[0].transpose(0, 1).index_select(0, index)
 
 
 def _attend(
@@ -80,13 +78,14 @@ class Source:
         first, length = runs[0]
         if len(runs) == 1:
             return cls(first, length, None)
-        return cls(first, tokens_in(runs), slots_of(runs))
+        return cls(first, tokens_in(runs), torch.from_numpy(slots_of(runs)))
 
-    def take(self, kv: torch.Tensor) -> torch.Tensor:
-        """The tokens of an operand, [1, kv_heads, tokens, head_dim]: a view if they are consecutive."""
+    def take(self, kv: torch.Tensor, copy: bool = False) -> torch.Tensor:
+        """The tokens of an operand, [1, kv_heads, tokens, head_dim]: a view if they are consecutive, or a copy."""
         if self.index is None:
-            return kv.narrow(2, self.first, self.length)
-        return _gather(kv, self.index).transpose(0, 1).unsqueeze(0)
+            return kv.narrow(2, self.first, self.length).clone() if copy else kv.narrow(2, self.first, self.length)
+        # Selected by slot, the outermost dimension in memory, so that the heads of a slot are copied together.
+        return kv[0].transpose(0, 1).index_select(0, self.index).transpose(0, 1).unsqueeze(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +132,12 @@ class DecodeReads:
     sources: tuple[Source, ...]
 
     def __call__(self, operands: Operands) -> Answer:
-        q, keys, values, scale = operands.q, operands.keys, operands.values, operands.scale
-        answers = [
-            _attend(q.narrow(0, row, 1), source.take(keys), source.take(values), scale, None)
-            for row, source in zip(self.numbers, self.sources, strict=True)
-        ]
+        q = operands.q
+        copy = q.dtype != torch.float32  # they read scattered lines so slowly that a streaming copy first is faster
+        answers = []
+        for row, source in zip(self.numbers, self.sources, strict=True):
+            keys, values = source.take(operands.keys, copy), source.take(operands.values, copy)
+            answers.append(_attend(q.narrow(0, row, 1), keys, values, operands.scale, None))
         outs, lses = zip(*answers, strict=True)
         return torch.cat(outs), torch.cat(lses)
 
@@ -149,19 +149,41 @@ class _Batch:
     rows: Rows
     index: torch.Tensor
     """Slots, int64 [rows * tokens]."""
-    bias: torch.Tensor
+    bias: torch.Tensor | None
     """fp32 [rows, 1, 1, tokens]: minus infinity hides the padding."""
+
+    @classmethod
+    def of(cls, tails: Sequence[tuple[int, int, Sequence[Run]]]) -> _Batch:
+        """Batch (row, tokens, runs) triples."""
+        numbers, lengths, tables = zip(*tails, strict=True)
+        firsts = np.array([runs[0][0] for runs in tables])[:, None]
+        last = np.array(lengths)[:, None] - 1
+        columns = np.arange(max(lengths))
+        # Padded with a slot of its own: others may never have been written, and a NaN shines through any bias.
+        index = firsts + np.minimum(columns, last)
+        for row, runs in enumerate(tables):
+            if len(runs) > 1:
+                index[row] = runs[0][0]
+                index[row, : lengths[row]] = slots_of(runs)
+        bias = None
+        if min(lengths) < len(columns):
+            bias = torch.from_numpy(np.where(columns <= last, np.float32(0), np.float32("-inf")))[:, None, None]
+        return cls(rows_of(numbers), torch.from_numpy(index.reshape(-1)), bias)
 
     def __call__(self, operands: Operands) -> Answer:
         q = operands.q[self.rows]
         shape = (q.shape[0], -1, q.shape[1], q.shape[3])
-        keys, values = (_gather(kv, self.index).view(shape).transpose(1, 2) for kv in (operands.keys, operands.values))
+        keys, values = (
+            torch.index_select(kv[0].transpose(0, 1), 0, self.index, out=scratch[: len(self.index)])
+            for kv, scratch in zip((operands.keys, operands.values), operands.scratch, strict=True)
+        )
+        keys, values = keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
         return _attend(q, keys, values, operands.scale, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatches:
-    """Decodes with few tokens of their own, answered a batch at a time."""
+    """Decodes with few tokens of their own, gathered and answered a batch at a time."""
 
     rows: Rows
     batches: tuple[_Batch, ...]
@@ -169,23 +191,19 @@ class DecodeBatches:
     @classmethod
     def of(cls, tails: Sequence[tuple[int, Sequence[Run]]], most: int) -> DecodeBatches:
         """Batch (row, runs) pairs so that none gathers over `most` tokens, padding included, unless it is one row."""
-        batches: list[list[tuple[int, torch.Tensor]]] = []
-        slots = [(row, slots_of(runs)) for row, runs in tails]
-        for row, index in sorted(slots, key=lambda pair: len(pair[1])):  # by length, so that there is little padding
-            if not batches or (len(batches[-1]) + 1) * len(index) > most:
+        batches: list[list[tuple[int, int, Sequence[Run]]]] = []
+        triples = [(row, tokens_in(runs), runs) for row, runs in tails]
+        for row, tokens, runs in sorted(triples, key=lambda triple: triple[1]):  # so that there is little padding
+            if not batches or (len(batches[-1]) + 1) * tokens > most:
                 batches.append([])
-            batches[-1].append((row, index))
-        rows = rows_of([row for batch in batches for row, _ in batch])
-        return cls(rows, tuple(cls._batch(batch) for batch in batches))
+            batches[-1].append((row, tokens, runs))
+        rows = rows_of([row for batch in batches for row, _, _ in batch])
+        return cls(rows, tuple(_Batch.of(batch) for batch in batches))
 
-    @staticmethod
-    def _batch(tails: Sequence[tuple[int, torch.Tensor]]) -> _Batch:
-        longest = len(tails[-1][1])
-        # Padded with a slot of its own: others may never have been written, and a NaN shines through any mask.
-        index = torch.stack([torch.cat([slots, slots[:1].expand(longest - len(slots))]) for _, slots in tails])
-        lengths = torch.tensor([len(slots) for _, slots in tails])
-        bias = torch.zeros(index.shape).masked_fill_(torch.arange(longest) >= lengths[:, None], float("-inf"))
-        return _Batch(rows_of([row for row, _ in tails]), index.flatten(), bias[:, None, None])
+    @property
+    def gathered(self) -> int:
+        """Tokens of the largest batch: the scratch that it needs."""
+        return max(len(batch.index) for batch in self.batches)
 
     def __call__(self, operands: Operands) -> Answer:
         outs, lses = zip(*(batch(operands) for batch in self.batches), strict=True)

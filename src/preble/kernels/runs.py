@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 Run = tuple[int, int]
 
@@ -37,9 +38,9 @@ def join(runs: Iterable[Run]) -> list[Run]:
     return joined
 
 
-def slots_of(runs: Iterable[Run]) -> torch.Tensor:
+def slots_of(runs: Iterable[Run]) -> NDArray[np.int64]:
     """The slot of every token, int64 [tokens]."""
-    return torch.cat([torch.arange(first, first + length) for first, length in runs])
+    return np.concatenate([np.arange(first, first + length) for first, length in runs])
 
 
 def split_shared(tables: Sequence[Sequence[Run]], minimum: int) -> list[tuple[list[int], list[Run]]]:
