@@ -80,7 +80,7 @@ def test_tensors_that_are_not_aligned_in_the_file(tmp_path: Path, padding: int) 
 
 def test_weights_are_held_once(tmp_path: Path) -> None:
     """After loading, nothing of the file is in memory but what a tied embedding table needs of it."""
-    write_checkpoint(tmp_path, hidden_size=256, intermediate_size=1024, head_dim=64, tie_word_embeddings=True)
+    write_checkpoint(tmp_path, vocab_size=8192, hidden_size=256, intermediate_size=512, tie_word_embeddings=True)
     decoder = load_decoder(tmp_path, ModelConfig.from_folder(tmp_path), device=torch.device("cpu"), dtype="auto")
     mapped = resident = 0
     inside = False

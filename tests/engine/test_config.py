@@ -147,6 +147,7 @@ ROPES: dict[str, dict[str, Any]] = {
             "short_factor": [1.0, 1.5, 2.0, 4.0],
             "long_factor": [2.0, 3.0, 9.0, 9.0],
             "factor": 2.0,
+            "original_max_position_embeddings": 32,
         },
     },
     "new form": {"rope_parameters": {"rope_type": "linear", "rope_theta": 250.0, "factor": 3.0}},
