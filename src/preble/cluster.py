@@ -46,15 +46,15 @@ class Cluster:
     Args:
         model: a checkpoint folder, a hub id whose files are in the local cache or can be fetched, or `"demo"`.
         replicas: how many engines; one per device by default.
-        devices: torch device names, one per replica or fewer (then shared in turn); every visible GPU by default, else
-            the CPU.
+        devices: torch device names, one per replica or fewer (then shared in turn); the CPU by default, the only
+            device of this version.
         policy: name of a placement policy, or an object of your own (`preble.sched.policies.Policy`).
         workers: `"thread"` runs replicas as threads of this process; `"auto"` chooses.
         dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`. `"auto"` takes the checkpoint's own type where the
             device computes in it, else float32.
         page_size: tokens in a KV page; prefixes are shared in whole pages.
         kv_memory: bytes of KV per replica, or a string such as `"2GiB"`. By default a quarter of the free memory,
-            divided among the replicas on a device, at most 4 GiB each on the CPU.
+            divided among the replicas, at most 4 GiB each.
         max_batched_tokens: tokens one step computes at most; prompts are cut into chunks of this.
         max_running: requests that one replica runs at once, at most.
         max_pending: requests accepted and not finished, at most; `generate` waits for its turn beyond that.
@@ -96,7 +96,7 @@ class Cluster:
         if isinstance(devices, str):
             raise InvalidRequest(f"devices must be a sequence of names, such as [{devices!r}]")
         if devices is not None and not devices:
-            raise InvalidRequest("devices is empty; leave it out to use every visible GPU, or the CPU")
+            raise InvalidRequest("devices is empty; leave it out to use the CPU")
         self._model = model
         self._replicas = replicas
         self._devices = devices

@@ -29,10 +29,10 @@ from preble.replica.thread import ThreadReplica
 logger = logging.getLogger("preble.replica")
 
 GIB = 1 << 30
-CPU_KV_MEMORY = 4 * GIB
-"""The most KV memory a replica on the CPU takes by default."""
-SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.85}
-"""What part of a device's free memory its replicas' KV pages take by default, once the weights are there."""
+MOST_KV_MEMORY = 4 * GIB
+"""The most KV memory a replica takes by default."""
+SHARE_OF_FREE_MEMORY = 0.25
+"""What part of the free memory the replicas' KV pages take together by default, once the weights are there."""
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class Loaded:
     capacity_tokens: int
     """Tokens of KV that one replica holds."""
     torch_threads: int
-    """Intra-op threads of each replica on the CPU."""
+    """Threads that each replica's operations may use."""
 
 
 def load(
@@ -98,8 +98,7 @@ def load(
         len(engines),
         pages * page_size,
     )
-    on_cpu = sum(device.type == "cpu" for device in placed)
-    torch_threads = max(len(os.sched_getaffinity(0)) // max(on_cpu, 1), 1)
+    torch_threads = max(len(os.sched_getaffinity(0)) // len(engines), 1)
     return Loaded(engines, tokenizer, config, pages * page_size, torch_threads)
 
 
@@ -125,11 +124,10 @@ def launch(loaded: Loaded, listener: Listener) -> list[Replica]:
 
 
 def place_replicas(replicas: int | None, devices: Sequence[str] | None) -> list[torch.device]:
-    """The device of each replica: `devices` in turn, or every visible GPU, or the CPU."""
-    if devices is None:
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        devices = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
-    parsed = [_device(name) for name in devices]
+    """The device of each replica: `devices` in turn, or the CPU."""
+    if devices is None and torch.cuda.is_available():
+        logger.warning("this version computes on the CPU; the %d visible GPUs stay idle", torch.cuda.device_count())
+    parsed = [_device(name) for name in devices or ["cpu"]]
     return [parsed[number % len(parsed)] for number in range(replicas or len(parsed))]
 
 
@@ -137,16 +135,14 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
-        raise DeviceError(f"{name!r} is not a device name; use 'cpu', 'cuda' or 'cuda:N'") from None
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type != "cuda":
-        raise DeviceError(f"device {name!r}: replicas run on 'cpu' and 'cuda' devices")
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = device.index or 0
-    if index >= visible:
-        raise DeviceError(f"device {name!r} does not exist: {visible or 'no'} CUDA devices are visible here")
-    return torch.device("cuda", index)
+        raise DeviceError(f"{name!r} is not a device name; use 'cpu'") from None
+    if device.type == "cuda":
+        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= visible:
+            raise DeviceError(f"device {name!r} does not exist: {visible or 'no'} CUDA devices are visible here")
+    if device.type != "cpu":
+        raise DeviceError(f"device {name!r}: this version computes on 'cpu' only")
+    return torch.device("cpu")
 
 
 def kv_pages(model: Model, page_size: int, wanted_bytes: int | None, *, sharing: int) -> int:
@@ -159,11 +155,9 @@ def kv_pages(model: Model, page_size: int, wanted_bytes: int | None, *, sharing:
         head_dim=config.head_dim,
         dtype=model.dtype,
     )
-    free = _free_memory(model.device)
+    free = _free_memory()
     if wanted_bytes is None:
-        budget = int(free * SHARE_OF_FREE_MEMORY[model.device.type]) // sharing
-        if model.device.type == "cpu":
-            budget = min(budget, CPU_KV_MEMORY)
+        budget = min(int(free * SHARE_OF_FREE_MEMORY) // sharing, MOST_KV_MEMORY)
     else:
         budget = wanted_bytes
         if budget * sharing > free:
@@ -179,10 +173,7 @@ def kv_pages(model: Model, page_size: int, wanted_bytes: int | None, *, sharing:
     return pages
 
 
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
+def _free_memory() -> int:
     try:
         meminfo = Path("/proc/meminfo").read_text()
     except OSError:
