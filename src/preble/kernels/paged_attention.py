@@ -29,8 +29,8 @@ SHORT_TAIL = 256
 """Decodes with at most this many tokens of their own are gathered and answered in batches, others alone."""
 GATHERED_TAILS = 512
 """Tokens in such a batch, padding included: more would leave the cache."""
-GATHERED_RUNS = 2048
-"""Tokens gathered for one read of several runs."""
+LONGEST_READ = 4096
+"""Tokens of one read, which are copied unless they are read in place."""
 BAND = 256
 """Rows that a prefill under a sliding window answers at a time, over at most `window + BAND - 1` tokens."""
 
@@ -174,15 +174,15 @@ def _rows(sequence: QuerySlice) -> range:
 
 def _sources(runs: Sequence[Run]) -> list[Source]:
     """Long runs where they lie, the others gathered; the order of tokens that are all seen does not matter."""
-    if len(runs) == 1:
-        return [Source.of(runs)]
-    sources = [Source.of([run]) for run in runs if run[1] >= LONG_RUN]
-    short: list[Run] = []
-    for run in runs:
-        if run[1] >= LONG_RUN:
+    sources = []
+    gathered: list[Run] = []
+    for first, length in runs:
+        if length < LONG_RUN and len(runs) > 1:
+            if tokens_in(gathered) + length > LONGEST_READ:
+                sources.append(Source.of(gathered))
+                gathered = []
+            gathered.append((first, length))
             continue
-        if tokens_in(short) + run[1] > GATHERED_RUNS:
-            sources.append(Source.of(short))
-            short = []
-        short.append(run)
-    return [*sources, Source.of(short)] if short else sources
+        for begin in range(0, length, LONGEST_READ):
+            sources.append(Source.of([(first + begin, min(LONGEST_READ, length - begin))]))
+    return [*sources, Source.of(gathered)] if gathered else sources

@@ -28,14 +28,16 @@ def reference_attention(
     out = torch.zeros(q.shape, dtype=torch.float64)
     group = q.shape[1] // keys.shape[1]
     for sequence in sequences:
-        slots = [slot for start, length in sequence.runs for slot in range(start, start + length)]
+        slots = [slot for first, length in sequence.runs for slot in range(first, first + length)]
         k = keys[slots].double().repeat_interleave(group, dim=1)  # [context, query_heads, head_dim]
         v = values[slots].double().repeat_interleave(group, dim=1)
-        for row in range(sequence.query_length):
-            position = sequence.context_length - sequence.query_length + row
-            first = 0 if window is None else max(0, position - window + 1)
-            seen = slice(first, position + 1)
-            query = q[sequence.query_start + row].double()
-            weights = (torch.einsum("hd,thd->ht", query, k[seen]) * scale).softmax(-1)
-            out[sequence.query_start + row] = torch.einsum("ht,thd->hd", weights, v[seen])
+        key_positions = torch.arange(sequence.context_length)
+        query_positions = key_positions[sequence.context_length - sequence.query_length :, None]
+        seen = key_positions <= query_positions
+        if window is not None:
+            seen &= key_positions > query_positions - window
+        rows = slice(sequence.query_start, sequence.query_start + sequence.query_length)
+        scores = torch.einsum("qhd,thd->hqt", q[rows].double(), k) * scale
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        out[rows] = torch.einsum("hqt,thd->qhd", weights, v)
     return out
