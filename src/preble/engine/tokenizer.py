@@ -1,0 +1,187 @@
+"""Text to token ids and back, as the checkpoint's publisher defined them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from preble.engine.pieces import TokenPieces
+from preble.errors import CheckpointError, InvalidRequest, UnknownOption, UnsupportedModel
+
+_NOT_FOR_TEMPLATES = frozenset(
+    {
+        "conversation",
+        "max_length",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    }
+)
+"""What `apply_chat_template` takes for itself, and `chat` decides."""
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template. May be used from several threads at once.
+
+    Args:
+        folder: a checkpoint folder.
+
+    Raises:
+        CheckpointError: a tokenizer file is missing or broken; the message names the file.
+        UnsupportedModel: the tokenizer is code that came with the checkpoint.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._hf = _load(self.folder)
+        self._lock = threading.Lock()
+        self._backend = getattr(self._hf, "backend_tokenizer", None)
+        if self._backend is not None:
+            # Set once and never again: a Rust tokenizer serves many threads as long as nobody changes it.
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self.special_token_ids: frozenset[int] = frozenset(self._hf.all_special_ids) | {
+            token for token, added in self._hf.added_tokens_decoder.items() if added.special
+        }
+        """Tokens that `decode` leaves out."""
+        self.eos_token_ids: frozenset[int] = self._eos_token_ids()
+        """Tokens that end a text: those of generation_config.json (of config.json where it names none), and the
+        tokenizer's own."""
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        """Token ids, int32 [N], with the special tokens that the tokenizer puts around a text (BOS, say).
+
+        Raises:
+            InvalidRequest: not a string, or one with half a surrogate pair.
+        """
+        if not isinstance(text, str):
+            raise InvalidRequest(f"a text to tokenize must be a string, not {type(text).__name__}")
+        return self._encode(text, special_tokens=True)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        *,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> npt.NDArray[np.int32]:
+        """Token ids, int32 [N], of a conversation laid out by the checkpoint's chat template, up to the reply.
+
+        Args:
+            messages: each with a "role", and a "content" in most templates.
+            tools: JSON schemas or documented functions that the model may call.
+            continue_final_message: leave the last message open, for the model to go on with it.
+            variables: whatever else the template knows (`enable_thinking`, say); `chat_template` to use another one.
+
+        Raises:
+            InvalidRequest: no template, messages that are none, or the template refused them (with its own words).
+        """
+        for name in variables:
+            if name in _NOT_FOR_TEMPLATES:
+                raise UnknownOption(f"{name!r} is not a variable of chat templates")
+        if self._hf.chat_template is None and "chat_template" not in variables:
+            raise InvalidRequest(
+                f"{self.folder} has no chat template: add its chat_template.jinja, or give the prompt as text"
+            )
+        conversation = _conversation(messages)
+        variables.setdefault("add_generation_prompt", not continue_final_message)
+        try:
+            text = self._hf.apply_chat_template(
+                conversation,
+                tools=None if tools is None else list(tools),
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **variables,
+            )
+        except Exception as error:  # a template is a program over the caller's data: it can fail in any way
+            raise InvalidRequest(f"the chat template of {self.folder} rejects the messages: {error}") from error
+        return self._encode(text, special_tokens=False)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of these tokens, without special tokens, otherwise as it was."""
+        ids = [int(token) for token in token_ids]
+        if self._backend is not None:
+            return str(self._backend.decode(ids, skip_special_tokens=True))
+        with self._lock:
+            return str(self._hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    @cached_property
+    def pieces(self) -> TokenPieces | None:
+        """What each token adds to a text; `None` where that depends on its neighbours."""
+        return None if self._backend is None else TokenPieces.of(self._backend)
+
+    def _encode(self, text: str, special_tokens: bool) -> npt.NDArray[np.int32]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"text holds half a surrogate pair at character {error.start}") from None
+        if self._backend is not None:
+            ids = self._backend.encode(text, add_special_tokens=special_tokens).ids
+        else:
+            with self._lock:
+                ids = self._hf.encode(text, add_special_tokens=special_tokens)
+        return np.array(ids, dtype=np.int32)
+
+    def _eos_token_ids(self) -> frozenset[int]:
+        tokens = set() if self._hf.eos_token_id is None else {int(self._hf.eos_token_id)}
+        for name in ("generation_config.json", "config.json"):
+            path = self.folder / name
+            named = _read_json(path).get("eos_token_id") if path.exists() else None
+            if named is not None:
+                return frozenset(tokens | set(named if isinstance(named, list) else [named]))
+        return frozenset(tokens)
+
+
+def _load(folder: Path) -> Any:
+    """transformers' tokenizer; importing it takes half a second beyond torch's own import."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the Rust side raises bare Exceptions for files that it cannot read
+        for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "config.json"):
+            if (folder / name).exists() and "AutoTokenizer" in _read_json(folder / name).get("auto_map", ()):
+                raise UnsupportedModel(
+                    f"{folder / name} names a tokenizer in code of its own, which is not run"
+                ) from error
+        present = [name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).exists()]
+        raise CheckpointError(f"{folder / (present or ['tokenizer.json'])[0]} cannot be loaded: {error}") from error
+    files = set(tokenizer.vocab_files_names.values())
+    if files and not any((folder / file).exists() for file in files):
+        # transformers would go on with an empty vocabulary.
+        raise CheckpointError(f"{folder} has no tokenizer.json; copy the checkpoint's tokenizer files into it")
+    return tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _conversation(messages: object) -> list[dict[str, Any]]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise InvalidRequest(f"messages must be a sequence of mappings with a role, not {type(messages).__name__}")
+    if not messages:
+        raise InvalidRequest("messages is empty: a conversation needs one message at least")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InvalidRequest(f"messages[{number}] must be a mapping with a role, not {message!r}")
+    return [dict(message) for message in messages]
