@@ -31,7 +31,7 @@ class Dispatcher:
     """
 
     def __init__(self, loaded: Loaded, scheduler: GlobalScheduler) -> None:
-        native = anyio.lowlevel.current_token().native_token
+        native: Any = anyio.lowlevel.current_token().native_token
         # asyncio's loop and trio's token each have a thread-safe way in, under different names.
         self._post: Callable[..., object] = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
         self._scheduler = scheduler

@@ -25,6 +25,7 @@ class PretendEngine:
         self.finished: dict[str, list[int]] = {}
         self.resident: dict[str, set[int]] = {}
         self.admitted: list[str] = []
+        self.told_finished: list[str] = []
 
     def step(self) -> bool:
         scheduler = self.scheduler
@@ -78,7 +79,9 @@ class PretendEngine:
                     self.resident[event.namespace] -= gone
                 case Admitted():
                     self.admitted.append(event.request_id)
-                case Finished() | Progressed():
+                case Finished():
+                    self.told_finished.append(event.request_id)
+                case Progressed():
                     pass
 
 
@@ -138,6 +141,9 @@ def test_every_request_ends_and_every_page_is_accounted_for(
             scheduler.check()
     drain(engine)
     assert set(engine.finished) | cancelled == set(prompts)
+    engine.step()
+    assert sorted(engine.told_finished) == sorted(prompts)
+    assert len(engine.admitted) == len(set(engine.admitted))
     for request_id, tokens in engine.finished.items():
         assert tokens[: len(prompts[request_id])] == prompts[request_id]
         assert len(tokens) > len(prompts[request_id])
@@ -189,29 +195,82 @@ def test_decodes_share_a_step_with_a_prefill_chunk() -> None:
     assert [chunk.samples for chunk in plan.chunks] == [True, False]
 
 
-def test_the_youngest_of_the_lowest_priority_is_preempted_and_resumes_with_its_tokens() -> None:
-    scheduler = LocalScheduler(pages=6, page_size=2, max_batched_tokens=16)
-    scheduler.add(sequence("old", [1, 2, 3], new=7))
-    scheduler.add(sequence("important", [4, 5, 6], new=3, priority=1))
-    scheduler.add(sequence("young", [7, 8, 9], new=3))
-    preempted: list[str] = []
-    outputs: dict[str, list[int]] = {"old": [], "important": [], "young": []}
-    while scheduler.running or scheduler.waiting:
-        running = {one.request_id for one in scheduler.running}
+def start(scheduler: LocalScheduler, *sequences: Sequence) -> None:
+    """Admit sequences one after the other and compute their prompts."""
+    for one in sequences:
+        scheduler.add(one)
         plan = scheduler.plan()
         assert plan is not None
-        preempted += sorted(running - {one.request_id for one in scheduler.running})
-        results = []
-        for chunk in plan.chunks:
-            if chunk.samples:
-                one = chunk.sequence
-                outputs[one.request_id].append(one.length)
-                results.append((one.length, one.length + 1 == one.max_length))
-        scheduler.commit(plan, results)
+        assert plan.chunks[-1].sequence is one
+        scheduler.commit(plan, [(9, False)] * sum(chunk.samples for chunk in plan.chunks))
+
+
+def test_the_youngest_of_the_lowest_priority_is_preempted() -> None:
+    scheduler = LocalScheduler(pages=9, page_size=2, max_batched_tokens=16)
+    old, young, important = (
+        sequence("old", [1, 2, 3], new=8),
+        sequence("young", [4, 5, 6], new=8),
+        sequence("important", [7], new=8, priority=1),
+    )
+    start(scheduler, old, young, important)
+    while not scheduler.preemptions:
+        plan = scheduler.plan()
+        assert plan is not None
         scheduler.check()
-    assert preempted
-    assert set(preempted) == {"young"}
-    assert outputs == {"old": list(range(3, 10)), "important": [3, 4, 5], "young": [3, 4, 5]}
+        assert plan.tokens == sum(chunk.count for chunk in plan.chunks)
+        scheduler.commit(plan, [(9, False)] * len(plan.chunks))
+    assert (old.preemptions, young.preemptions, important.preemptions) == (0, 1, 0)
+    assert scheduler.waiting == [young]
+    assert young.generated > 0, "its tokens are kept"
+
+
+def test_a_victim_that_is_in_the_plan_already_leaves_it() -> None:
+    scheduler = LocalScheduler(pages=4, page_size=2, max_batched_tokens=8)
+    first, urgent = sequence("first", [1, 2, 3], new=4), sequence("urgent", [4, 5], new=5, priority=1)
+    start(scheduler, first, urgent)
+    plan = scheduler.plan()
+    while not scheduler.preemptions:
+        assert plan is not None
+        scheduler.commit(plan, [(9, False)] * len(plan.chunks))
+        plan = scheduler.plan()
+    assert plan is not None
+    assert [chunk.sequence for chunk in plan.chunks] == [urgent]
+    assert plan.tokens == 1
+
+
+def test_what_would_be_preempted_at_once_is_not_admitted() -> None:
+    scheduler = LocalScheduler(pages=5, page_size=2, max_batched_tokens=16)
+    start(scheduler, sequence("running", [1, 2, 3, 4, 5], new=6))
+    scheduler.add(sequence("large", [6, 7, 8, 9], new=2))
+    plan = scheduler.plan()
+    assert plan is not None
+    assert [chunk.sequence.request_id for chunk in plan.chunks] == ["running"]
+    scheduler.abort("running")
+    plan = scheduler.plan()
+    assert plan is not None
+    assert [chunk.sequence.request_id for chunk in plan.chunks] == ["large"]
+
+
+def test_a_prefix_in_the_making_is_waited_for_only_within_a_namespace() -> None:
+    scheduler = LocalScheduler(pages=64, page_size=4, max_batched_tokens=10)
+    prompt = list(range(20))
+    scheduler.add(sequence("first", prompt))
+    scheduler.add(sequence("same", prompt))
+    scheduler.add(sequence("other tenant", prompt, namespace="b"))
+    plan = scheduler.plan()
+    assert plan is not None
+    assert [chunk.sequence.request_id for chunk in plan.chunks] == ["first"]
+    scheduler.commit(plan, [])
+    for _ in range(3):
+        plan = scheduler.plan()
+        assert plan is not None
+        scheduler.commit(plan, [(9, False)] * sum(chunk.samples for chunk in plan.chunks))
+    same, other = scheduler.get("same"), scheduler.get("other tenant")
+    assert same is not None
+    assert other is not None
+    assert same.cached == 16
+    assert other.admitted
+    assert other.cached == 0
 
 
 def test_order_is_priority_then_deadline_then_arrival() -> None:

@@ -106,7 +106,7 @@ def load(
 def _checkpoint_folder(model: str | PathLike[str]) -> Iterator[Path]:
     """The folder to load from; the built-in model's exists only meanwhile."""
     if model != "demo":
-        yield resolve_model(model)
+        yield resolve_model(os.fspath(model))
         return
     from preble.demo_model import write_demo_model
 

@@ -22,7 +22,7 @@ class CachedRun(Node):
         self.pages: list[int] = []
         self.users = 0
         self.last_used = 0
-        self.namespace = parent.namespace if isinstance(parent, CachedRun) else ""
+        self.namespace: str = parent.namespace if isinstance(parent, CachedRun) else ""
 
 
 class _CacheTree(RadixTree[CachedRun]):
