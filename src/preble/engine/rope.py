@@ -30,14 +30,16 @@ class RotaryEmbedding:
 
     def __init__(self, config: ModelConfig, *, device: torch.device) -> None:
         frequencies, self._scaling = _frequencies(config)
-        self._frequencies = frequencies.to(device)
+        # cos(-x) = cos(x) and sin(-x) = -sin(x): negative frequencies give the signs of `Rotation`.
+        self._signed_frequencies = torch.cat((-frequencies, frequencies)).to(device)
 
     def rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
         """positions: int64 [N]; the angles are computed in fp32 and the result rounded to `dtype`."""
-        angles = positions.to(torch.float32)[:, None, None] * self._frequencies
-        cos = (angles.cos() * self._scaling).to(dtype)
-        sin = (angles.sin() * self._scaling).to(dtype)
-        return Rotation(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+        angles = positions[:, None, None] * self._signed_frequencies
+        cos, sin = angles.cos(), angles.sin()
+        if self._scaling != 1:
+            cos, sin = cos.mul_(self._scaling), sin.mul_(self._scaling)
+        return Rotation(cos.to(dtype), sin.to(dtype))
 
 
 def _frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
