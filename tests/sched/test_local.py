@@ -240,7 +240,7 @@ def test_a_victim_that_is_in_the_plan_already_leaves_it() -> None:
 
 def test_what_would_be_preempted_at_once_is_not_admitted() -> None:
     scheduler = LocalScheduler(pages=5, page_size=2, max_batched_tokens=16)
-    start(scheduler, sequence("running", [1, 2, 3, 4, 5], new=6))
+    start(scheduler, sequence("running", [1, 2, 3, 4, 5], new=5))
     scheduler.add(sequence("large", [6, 7, 8, 9], new=2))
     plan = scheduler.plan()
     assert plan is not None
