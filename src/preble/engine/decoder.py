@@ -19,8 +19,10 @@ from preble.kernels.paged_attention import PagedAttention
 
 
 class Decoder:
-    """A `Model` of the Llama family. A forward pass changes nothing but the KV cache it is given, so several threads
-    may run one decoder at the same time."""
+    """A `Model` of the Llama family.
+
+    A forward pass changes nothing but the KV cache it is given, so several threads may run one decoder at once.
+    """
 
     attention = "torch"
 
