@@ -1,0 +1,65 @@
+"""Sizes and devices of replicas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from preble.engine.loading import load_model
+from preble.errors import DeviceError, InvalidRequest
+from preble.replica.launch import kv_pages, load, parse_bytes, place_replicas
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (4096, 4096),
+        ("4096", 4096),
+        ("2GiB", 2 << 30),
+        ("512 mib", 512 << 20),
+        ("1.5GB", 1_500_000_000),
+        (" 3kb ", 3000),
+    ],
+)
+def test_bytes_are_read_with_their_units(text: int | str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "2 giblets", "0", 0, -5, True, "nan", "1e9"])
+def test_bytes_that_mean_nothing_are_refused(text: int | str) -> None:
+    with pytest.raises(InvalidRequest, match="kv_memory must be"):
+        parse_bytes(text)
+
+
+def test_devices_are_used_in_turn() -> None:
+    assert place_replicas(None, ["cpu", "cpu"]) == [torch.device("cpu")] * 2
+    assert place_replicas(3, ["cpu"]) == [torch.device("cpu")] * 3
+
+
+def test_pages_are_what_the_memory_holds(llama: Path) -> None:
+    model = load_model(llama, device=torch.device("cpu"), dtype="float32")
+    page = 2 * 2 * 16 * 2 * 8 * 4  # K and V, layers, tokens, KV heads, head size, bytes
+    assert kv_pages(model, 16, 10 * page + 5, sharing=1) == 10
+    with pytest.raises(DeviceError, match="holds not one page"):
+        kv_pages(model, 16, page - 1, sharing=1)
+    with pytest.raises(DeviceError, match="for each of 4 replicas"):
+        kv_pages(model, 16, 1 << 50, sharing=4)
+    assert kv_pages(model, 16, None, sharing=2) * page <= 4 << 30
+
+
+def test_replicas_on_a_device_share_one_copy_of_the_weights(llama: Path) -> None:
+    loaded = load(
+        llama,
+        replicas=3,
+        devices=["cpu"],
+        dtype="float32",
+        page_size=16,
+        kv_memory="64KiB",
+        max_batched_tokens=64,
+        max_running=8,
+    )
+    assert len({id(engine._model) for engine in loaded.engines}) == 1
+    assert len({id(engine._kv) for engine in loaded.engines}) == 3
+    assert [engine.stats().replica for engine in loaded.engines] == [0, 1, 2]
