@@ -7,9 +7,56 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from preble import __version__
 from preble.errors import PrebleError
+
+BROKEN_PIPE = 128 + 13
+"""What a shell reports for a program whose reader went away (SIGPIPE)."""
+INTERRUPTED = 128 + 2
+"""… and for one that Ctrl-C ended (SIGINT)."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line instead of a screen of usage, and keeps the paragraphs of descriptions."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter, **options})  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Fills each paragraph of a description by itself."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of all subcommands; parsed, they have a `run` that takes them and returns the exit status."""
+    from preble.cli import bench, chat, demo, generate
+
+    parser = Parser(prog="preble", description="Serve LLMs on several replicas, every prompt where its prefix lies.")
+    parser.add_argument("--version", action="version", version=f"preble {__version__}")
+    parser.add_argument("--verbose", action="store_true", help="log what the cluster does to standard error")
+    commands = parser.add_subparsers(
+        dest="command",
+        required=True,
+        metavar="COMMAND",
+        title="commands",
+        description="preble COMMAND --help says more",
+    )
+    for module in (demo, generate, chat, bench):
+        name = module.__name__.rpartition(".")[2]
+        summary = (module.__doc__ or "").strip().splitlines()[0]
+        command = commands.add_parser(name, help=summary[0].lower() + summary[1:-1], description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,28 +64,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Read when torch loads its OpenMP: threads then spin briefly between two parallel regions instead of either
     # sleeping at once (a third slower in decode) or burning a core that another process needs.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    from preble.cli import bench, chat, demo, generate
-
-    parser = argparse.ArgumentParser(
-        prog="preble", description="Serve LLMs on many GPUs: every prompt where its prefix lies."
-    )
-    parser.add_argument("--version", action="version", version=f"preble {__version__}")
-    parser.add_argument("--verbose", action="store_true", help="log what the cluster does to standard error")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, generate, chat, bench):
-        name = module.__name__.rpartition(".")[2]
-        summary = (module.__doc__ or "").strip().splitlines()[0]
-        command = commands.add_parser(name, help=summary, description=module.__doc__)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    args = parser.parse_args(arguments)
+    args = make_parser().parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(asctime)s %(name)s: %(message)s"
     )
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()
     except PrebleError as error:
         print(f"preble {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes once more on its way out, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return status

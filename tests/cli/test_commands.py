@@ -1,0 +1,295 @@
+"""The commands on the built-in model, through `main` and as a program."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import preble
+from preble.cli import BROKEN_PIPE, main, make_parser
+
+CACHED = re.compile(r"\[(\d+) prompt tokens, (\d+) of them cached; (\d+) generated")
+
+
+@pytest.fixture(autouse=True)
+def _ordinary_interrupts() -> None:
+    """`chat` sets what Ctrl-C does; it is what it was before."""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def give(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Text on standard input, which is no terminal."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command, by its name, nested ones too."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    todo = [make_parser()]
+    while todo:
+        parser = todo.pop()
+        found[parser.prog] = parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                todo += action.choices.values()
+    return found
+
+
+def test_the_commands_are_those_of_the_documentation() -> None:
+    assert set(commands()) == {
+        f"preble{name}" for name in ("", " demo", " generate", " chat", " bench", " bench engine")
+    }
+
+
+@pytest.mark.parametrize("name", ["", "demo", "generate", "chat", "bench", "bench engine"])
+def test_help_says_what_everything_means(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*name.split(), "--help"])
+    assert exit_.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    parser = commands()[f"preble {name}".strip()]
+    assert parser.description
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for choice in action._choices_actions:
+                assert choice.dest in shown
+                assert choice.help
+        else:
+            assert action.help
+            assert all(option in shown for option in action.option_strings)
+
+
+@pytest.mark.parametrize("name", ["demo", "generate", "chat"])
+def test_help_tells_every_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for action in commands()[f"preble {name}"]._actions:
+        if action.default not in (None, False, argparse.SUPPRESS, []):
+            assert f"(default: {action.default})" in shown, action.option_strings
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"preble {preble.__version__}\n"
+
+
+def test_as_a_program_between_two_pipes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "preble", "generate", "--model", "demo", "--max-tokens", "5"],
+        input="where is the old house\n",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 5
+    assert done.stdout.endswith("\n")
+    assert re.fullmatch(r"\[\d+ prompt tokens, 5 generated \(length\), .*\]\n", done.stderr)
+
+
+def test_a_prompt_may_come_from_either_side(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--model", "demo", "--max-tokens", "6", "where is the old house"]) == 0
+    from_argument = capsys.readouterr().out
+    give(monkeypatch, "where is the old house\n")
+    assert main(["generate", "--model", "demo", "--max-tokens", "6"]) == 0
+    assert capsys.readouterr().out == from_argument
+    assert len(from_argument.split()) == 6
+
+
+def test_sampling_values_reach_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "--model", "demo", "--max-tokens", "12", "where is the old house"]
+    texts = []
+    for options in (
+        ["--temperature", "1", "--seed", "1"],
+        ["--temperature", "1", "--seed", "1", "--top-k", "1"],
+        ["--temperature", "1", "--seed", "1", "--top-p", "0.0001"],
+        [],
+    ):
+        assert main([*command, *options]) == 0
+        texts.append(capsys.readouterr().out.split())
+    drawn, by_top_k, by_top_p, greedy = texts
+    assert drawn != greedy
+    assert by_top_k == by_top_p == greedy
+    assert main([*command, "--stop", greedy[3]]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.split() == greedy[:3]
+    assert "(stop)" in shown.err
+
+
+def test_a_reader_that_goes_away_is_no_accident(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as nobody_reads:
+        monkeypatch.setattr("sys.stdout", nobody_reads)
+        assert main(["generate", "--model", "demo", "--max-tokens", "4", "where"]) == BROKEN_PIPE
+    assert capsys.readouterr().err == ""
+
+
+def test_a_chat_finds_its_history_cached(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    give(
+        monkeypatch, "where is the old house\n\nand the river\nand the sea\n/reset\nwhere is the old house\n/exit\nno\n"
+    )
+    assert main(["chat", "--model", "demo", "--max-tokens", "24", "--system", "you are a guide to the island"]) == 0
+    shown = capsys.readouterr()
+    answers = shown.out.splitlines()
+    turns = [tuple(map(int, turn)) for turn in CACHED.findall(shown.err)]
+    assert len(turns) == len(answers) == 4
+    assert all(len(answer.split()) == generated == 24 for answer, (_, _, generated) in zip(answers, turns, strict=True))
+    first, second, third, again = turns
+    assert first[1] == 0
+    # Prompt and answer of the turn before in whole pages of 16, but for the last token, which was never fed back.
+    assert 0 < second[1] == (first[0] + 24 - 1) // 16 * 16
+    assert second[1] < third[1] == (second[0] + 24 - 1) // 16 * 16
+    assert again[0] == first[0]
+    assert answers[3] == answers[0]
+
+
+def test_a_turn_that_fails_leaves_the_chat_going(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    give(monkeypatch, f"{'where ' * 20_000}\nwhere is the old house\n")
+    assert main(["chat", "--model", "demo", "--max-tokens", "4"]) == 1
+    shown = capsys.readouterr()
+    error, turn = shown.err.splitlines()
+    assert error.startswith("preble chat: the prompt has 20")
+    assert CACHED.match(turn)
+    assert len(shown.out.split()) == 4
+
+
+class InterruptsAtFirstWord(io.StringIO):
+    """Standard output at which someone presses Ctrl-C as soon as there is something to read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pressed = False
+
+    def write(self, text: str) -> int:
+        if text.strip() and not self.pressed:
+            self.pressed = True
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().write(text)
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = InterruptsAtFirstWord()
+    monkeypatch.setattr("sys.stdout", out)
+    give(monkeypatch, "where is the old house\nand the river\n")
+    assert main(["chat", "--model", "demo", "--max-tokens", "400"]) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("stopped]")
+    assert int(CACHED.match(first)[3]) < 400
+    assert not second.endswith("stopped]")
+    assert int(CACHED.match(second)[3]) == 400
+    assert int(CACHED.match(second)[1]) > int(CACHED.match(first)[1])
+
+
+def test_an_interrupt_at_the_prompt_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(io.StringIO):
+        def readline(self, size: int = -1) -> str:
+            os.kill(os.getpid(), signal.SIGINT)
+            return "no\n"
+
+    monkeypatch.setattr("sys.stdin", Interrupted())
+    assert main(["chat", "--model", "demo"]) == 0
+
+
+def test_the_demo_compares_two_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "demo.json"
+    assert main(["demo", "--requests", "8", "--max-tokens", "4", "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    for stage in ("Starting 2 replicas of demo", "One answer, streamed", "Asking 8 questions at once, placed by e2"):
+        assert stage in shown
+    results = json.loads(file.read_text())
+    settings = results["settings"]
+    assert (settings["model"], settings["requests"], settings["max_tokens"]) == ("demo", 8, 4)
+    assert (settings["policy"], settings["replicas"], settings["page_size"]) == ("e2", 2, 64)
+    assert list(results["policies"]) == ["e2", "round-robin"]
+    e2, round_robin = results["policies"].values()
+    assert e2["hit_rate"] >= round_robin["hit_rate"] > 0
+    assert e2["computed_tokens"] <= round_robin["computed_tokens"]
+    for burst in (e2, round_robin):
+        assert sum(replica["requests"] for replica in burst["replicas"]) == 8
+        assert sum(sum(replica["reasons"].values()) for replica in burst["replicas"]) == 8
+        prompts = sum(replica["prompt_tokens"] for replica in burst["replicas"])
+        cached = sum(replica["cached_tokens"] for replica in burst["replicas"])
+        # The last token of each answer is never fed to the model.
+        assert burst["computed_tokens"] == prompts - cached + 8 * 3
+        assert burst["hit_rate"] == pytest.approx(cached / prompts)
+        assert 0 < burst["ttft"]["mean"] <= burst["ttft"]["max"] <= burst["latency"]["max"] <= burst["seconds"]
+    assert f"{e2['policy']} computed" in shown.replace("\n", " ")
+    assert str(file) in shown.replace("\n", "")
+
+
+def test_the_demo_of_round_robin_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--requests", "1", "--max-tokens", "1", "--policy", "round-robin", "--replicas", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("Starting 1 replica of demo") == 1
+    assert "round-robin alone" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ("", 2, "COMMAND"),
+        ("serve", 2, "invalid choice: 'serve'"),
+        ("demo --requests 0", 2, "--requests: must be a positive integer, not '0'"),
+        ("demo --requests -3", 2, "--requests: must be a positive integer, not '-3'"),
+        ("demo --max-tokens 0", 2, "--max-tokens: must be a positive integer"),
+        ("demo --replicas 0", 2, "--replicas: must be a positive integer"),
+        ("demo --replicas two", 2, "--replicas: must be a positive integer, not 'two'"),
+        ("demo --policy fastest", 2, "'fastest'"),
+        ("demo --json missing/folder/results.json", 2, "missing/folder/results.json"),
+        ("demo --json .", 2, "cannot write '.'"),
+        ("demo --requests 1 --model missing/folder/model", 1, "missing/folder/model"),
+        ("demo --requests 1 --kv-memory 1MiB", 1, "KV pages"),
+        ("generate", 2, "--model"),
+        ("generate --model demo --dtype int8 hello", 2, "'int8'"),
+        ("generate --model demo --page-size 0 hello", 2, "--page-size"),
+        ("generate --model demo --kv-memory much hello", 1, "'much'"),
+        ("generate --model demo --devices cuda:99 hello", 1, "cuda:99"),
+        ("generate --model demo --temperature -1 hello", 1, "temperature must be at least 0"),
+        ("generate --model demo --max-tokens 0 hello", 1, "max_tokens must be at least 1"),
+        ("generate --model demo", 1, "the prompt is empty"),
+        ("chat --model demo --top-p 2", 1, "top_p must be"),
+        ("chat --model missing/folder/model", 1, "missing/folder/model"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: str, status: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    give(monkeypatch, "")
+    try:
+        got = main(arguments.split())
+    except SystemExit as exit_:
+        got = exit_.code
+    assert got == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("preble")
+    assert message in line
+
+
+def test_input_that_is_not_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("generate", "chat"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+        assert main([command, "--model", "demo"]) == 1
+        assert capsys.readouterr().err == (
+            f"preble {command}: standard input is not utf-8 text: invalid continuation byte at byte 3\n"
+        )
