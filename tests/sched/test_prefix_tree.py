@@ -69,6 +69,7 @@ def test_what_is_stored_counts_as_cached_from_the_first_page_on(tree: PrefixTree
     tree.evict(cache, names[3:])
     assert cached(tree, cache, LONG) == 6
     assert cached(tree, cache, LONG, confirmed=True) == 6
+    assert cached(tree, cache, prompt(1, 2, 9, 9)) == 2, "no more than matches"
     check(tree, cache)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from random import Random
 
 from preble.errors import InvalidRequest
 from preble.sched.event_order import EventOrder
 from preble.sched.explanation import Candidate
 from preble.sched.invariants import require
 from preble.sched.ledger import Ledger
+from preble.sched.lots import Lots
 from preble.sched.policies.base import NO_COSTS, View
 from preble.sched.prefix_node import PrefixNode
 from preble.sched.prefix_tree import PrefixTree
@@ -86,10 +86,10 @@ class Fleet:
 
     # Requests come and go
 
-    def view(self, request: Request, node: PrefixNode | None, matched: int, now: float, random: Random) -> View:
+    def view(self, request: Request, node: PrefixNode | None, matched: int, now: float, lots: Lots) -> View:
         """What a policy sees of a request whose prompt was found to end at `node`. Some replica must be eligible."""
         cached = self.tree.cached(node, matched, self._eligible_mask)
-        return View(request, self.eligible, tuple([cached[slot] for slot in self._eligible_slots]), now, random)
+        return View(request, self.eligible, tuple([cached[slot] for slot in self._eligible_slots]), now, lots)
 
     def place(
         self, request: Request, ledger: Ledger, cached_tokens: int, node: PrefixNode | None, matched: int, now: float

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from random import Random
 from typing import Any
 
 from preble.errors import InvalidRequest
@@ -22,6 +21,7 @@ from preble.sched.explanation import Explanation
 from preble.sched.fleet import Fleet
 from preble.sched.invariants import require
 from preble.sched.ledger import Ledger
+from preble.sched.lots import Lots
 from preble.sched.placement import Placement, Waiting
 from preble.sched.policies import Choice, Policy, ReplicaView, View, make_policy
 from preble.sched.request import Request
@@ -73,7 +73,7 @@ class GlobalScheduler:
             raise InvalidRequest(f"window must be at least 0 seconds, not {window}")
         self._policy = make_policy(policy)
         self._capacity_tokens = capacity_tokens
-        self._random = Random(seed)
+        self._lots = Lots(seed)
         self._fleet = Fleet(page_size, window)
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue()
@@ -121,6 +121,8 @@ class GlobalScheduler:
         """
         if request_id in self._requests:
             raise InvalidRequest(f"request {request_id!r} is already here and has not ended")
+        if max_tokens < 1:
+            raise InvalidRequest(f"max_tokens must be at least 1, not {max_tokens}")
         request = Request(
             request_id,
             as_tokens(token_ids),
@@ -136,8 +138,9 @@ class GlobalScheduler:
         self._requests[request_id] = request
         if placement is not None:
             return placement
+        answer = Waiting(request_id, self._obstacle())
         self._waiting.push(request)
-        return Waiting(request_id, self._obstacle())
+        return answer
 
     def apply(self, event: Event, *, now: float) -> list[Placement]:
         """Take in what a replica reports; returns the placements that this made possible.
@@ -206,9 +209,7 @@ class GlobalScheduler:
         replica, reason = None, self._obstacle()
         costs: dict[int, Mapping[str, float]] = {}
         if fleet.eligible:
-            lots = Random()
-            lots.setstate(self._random.getstate())
-            view = fleet.view(request, *found, max(now, self._now), lots)
+            view = fleet.view(request, *found, max(now, self._now), self._lots.copy())
             costs = {one.replica: self._policy.costs(view, index) for index, one in enumerate(view.replicas)}
             choice = None if self._waiting else self._choose(view)
             if choice is not None:
@@ -317,7 +318,7 @@ class GlobalScheduler:
         if not fleet.eligible:
             return None
         node, matched = fleet.tree.find(request.namespace, request.tokens)
-        view = fleet.view(request, node, matched, self._now, self._random)
+        view = fleet.view(request, node, matched, self._now, self._lots)
         choice = self._choose(view)
         if choice is None:
             return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from random import Random
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
+
+from preble.sched.lots import Lots
 
 NO_COSTS: Mapping[str, float] = MappingProxyType({})
 """The costs of a decision that weighed nothing."""
@@ -86,8 +87,8 @@ class View(NamedTuple):
     """Per entry of `replicas`: prompt tokens that are, or will soon be, in its prefix cache; whole pages."""
     now: float
     """Seconds on the caller's clock."""
-    random: Random
-    """For ties, so that the same seed gives the same decisions."""
+    lots: Lots
+    """For ties: seeded, so that the same calls give the same decisions."""
 
 
 class Choice(NamedTuple):
@@ -140,7 +141,7 @@ def draw(view: View, indices: list[int]) -> int:
     """One of several equals, by lot."""
     if len(indices) == 1:
         return indices[0]
-    return indices[int(view.random.random() * len(indices))]
+    return indices[view.lots.draw(len(indices))]
 
 
 def holders(view: View) -> list[int]:

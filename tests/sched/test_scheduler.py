@@ -1,0 +1,511 @@
+"""The global scheduler, case by case; `test_scheduler_machine.py` does the rest."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from preble.errors import InvalidRequest
+from preble.sched import (
+    Admitted,
+    Evicted,
+    Finished,
+    GlobalScheduler,
+    Placement,
+    Progressed,
+    ReplicaDown,
+    ReplicaUp,
+    StepTimed,
+    Stored,
+    Waiting,
+)
+from preble.sched.hashing import namespace_salt, page_hashes
+
+PAGE = 4
+PROMPT = list(range(10, 30))
+
+
+def scheduler(replicas: int = 2, policy: str = "prefix-affinity", **options: Any) -> GlobalScheduler:
+    return GlobalScheduler(replicas, capacity_tokens=4000, page_size=PAGE, policy=policy, **options)
+
+
+def placed(answer: Placement | Waiting) -> Placement:
+    assert isinstance(answer, Placement)
+    return answer
+
+
+def names(tokens: list[int], namespace: str = "") -> np.ndarray:
+    return page_hashes(np.array(tokens, np.int32), PAGE, base=namespace_salt(namespace))
+
+
+def cached(one: GlobalScheduler, tokens: list[int], **options: Any) -> dict[int, int]:
+    explanation = one.explain(tokens, now=0.0, **options)
+    return {
+        candidate.replica: candidate.cached_tokens for candidate in explanation.candidates if candidate.cached_tokens
+    }
+
+
+# Residency
+
+
+def test_two_requests_back_to_back_share_a_prefix_that_nobody_has_yet() -> None:
+    one = scheduler(8)
+    first = placed(one.submit("a", PROMPT, now=0.0))
+    second = placed(one.submit("b", [*PROMPT[:16], 1, 2, 3], now=0.0))
+    assert (first.reason, first.cached_tokens) == ("explore", 0)
+    assert (second.replica, second.reason, second.cached_tokens) == (first.replica, "exploit", 16)
+    one.check()
+
+
+def test_an_exact_repeat_is_a_hit() -> None:
+    one = scheduler()
+    first = placed(one.submit("a", PROMPT, now=0.0))
+    one.apply(Stored(first.replica, 1, "", names(PROMPT)), now=0.0)
+    one.apply(Finished(first.replica, "a"), now=0.0)
+    again = placed(one.submit("b", PROMPT, now=0.0))
+    assert (again.replica, again.cached_tokens) == (first.replica, 20)
+    assert one.replicas[again.replica].queued_prefill_tokens == 1, "the last token is computed for its logits"
+
+
+def test_without_a_request_only_what_the_engine_said_counts() -> None:
+    one = scheduler()
+    replica = placed(one.submit("a", PROMPT, now=0.0)).replica
+    one.apply(Stored(replica, 1, "", names(PROMPT)[:3]), now=0.0)
+    assert cached(one, PROMPT) == {replica: 20}
+    one.apply(Finished(replica, "a"), now=0.0)
+    assert cached(one, PROMPT) == {replica: 12}
+    one.apply(Evicted(replica, 2, "", names(PROMPT)[2:3]), now=0.0)
+    assert cached(one, PROMPT) == {replica: 8}
+    one.check()
+
+
+def test_the_next_turn_of_a_conversation_matches_prompt_and_answer() -> None:
+    one = scheduler(4)
+    replica = placed(one.submit("turn 1", PROMPT, now=0.0)).replica
+    answer = [7, 8, 9, 7, 8, 9, 7]
+    one.apply(Admitted(replica, "turn 1", 0), now=0.0)
+    one.apply(Stored(replica, 1, "", names(PROMPT)), now=0.0)
+    for position, token in enumerate(answer):
+        event = Progressed(replica, "turn 1", len(PROMPT) + position, (token,))
+        one.apply(event, now=1.0)
+        one.apply(event, now=1.0)
+    history = PROMPT + answer
+    one.apply(Stored(replica, 2, "", names(history)[5:6]), now=1.0)
+    assert cached(one, history) == {replica: 20}, "the answer's tokens are not in the tree yet"
+    one.apply(Finished(replica, "turn 1"), now=2.0)
+    assert cached(one, history) == {replica: 24}
+    turn = placed(one.submit("turn 2", [*history, 1, 2, 3, 4, 5], now=3.0))
+    assert (turn.replica, turn.cached_tokens) == (replica, 24)
+    one.check()
+
+
+def test_generated_tokens_go_where_they_belong() -> None:
+    """Several at once, and again from the start after another replica took over; behind a gap nothing is known."""
+    one = scheduler(2)
+    replica = placed(one.submit("a", PROMPT, now=0.0)).replica
+    one.apply(Progressed(replica, "a", 22, (1, 2, 3)), now=0.0)
+    (again,) = one.apply(ReplicaDown(replica), now=0.0)
+    one.apply(Progressed(again.replica, "a", 20, (1,)), now=0.0)
+    one.apply(Progressed(again.replica, "a", 23, (2, 3, 4)), now=0.0)
+    one.apply(Progressed(again.replica, "a", 50, (9,)), now=0.0)
+    history = [*PROMPT, 1, 2, 3, 4]
+    one.apply(Stored(again.replica, 1, "", names(history)), now=0.0)
+    one.apply(Finished(again.replica, "a"), now=0.0)
+    assert cached(one, history) == {again.replica: 24}
+
+
+def test_no_prefix_crosses_a_namespace() -> None:
+    one = scheduler()
+    replica = placed(one.submit("a", PROMPT, now=0.0, namespace="tenant")).replica
+    one.apply(Stored(replica, 1, "tenant", names(PROMPT, "tenant")), now=0.0)
+    assert cached(one, PROMPT) == {}
+    assert cached(one, PROMPT, namespace="other") == {}
+    assert cached(one, PROMPT, namespace="tenant") == {replica: 20}
+
+
+def test_a_prompt_shorter_than_a_page_is_just_placed() -> None:
+    one = scheduler()
+    replica = placed(one.submit("a", [1, 2], now=0.0, namespace="short")).replica
+    one.apply(Finished(replica, "a"), now=0.0)
+    assert one.tree_pages == 0
+    one.check()
+
+
+def test_the_tree_is_bounded_by_what_is_held_and_what_was_used() -> None:
+    one = scheduler(window=10.0)
+    for n in range(300):
+        now = float(n)
+        replica = placed(one.submit(str(n), [n, *PROMPT], now=now)).replica
+        one.apply(Finished(replica, str(n)), now=now)
+        assert one.tree_pages <= 11 * 5
+    one.poll(1000.0)
+    assert one.tree_pages == 0
+    one.check()
+
+
+# The ledger
+
+
+def test_the_ledger_follows_a_request() -> None:
+    one = scheduler(1)
+    books = one.replicas[0]
+
+    def state() -> tuple[int, int, int, int]:
+        return books.in_flight, books.queued, books.queued_prefill_tokens, books.decoding
+
+    one.submit("a", PROMPT, now=0.0)
+    one.submit("b", PROMPT, now=0.0)
+    assert state() == (2, 2, 20 + 1, 0)
+    one.apply(Admitted(0, "a", 8), now=0.0)
+    assert state() == (2, 1, 12 + 1, 0)
+    one.apply(Progressed(0, "a", 19), now=0.0)
+    assert state() == (2, 1, 1 + 1, 0)
+    one.apply(Progressed(0, "a", 20, (5,)), now=0.0)
+    assert state() == (2, 1, 0 + 1, 1)
+    one.apply(Progressed(0, "a", 21, (6,)), now=0.0)
+    assert state() == (2, 1, 0 + 1, 1)
+    one.apply(Progressed(0, "a", 8), now=0.0)
+    assert state() == (2, 1, 14 + 1, 0), "preempted: prompt and output are computed again"
+    one.apply(Progressed(0, "a", 22, (7,)), now=0.0)
+    assert state() == (2, 1, 0 + 1, 1)
+    one.check()
+    one.apply(Finished(0, "a"), now=0.0)
+    assert state() == (1, 1, 1, 0)
+    one.cancel("b", now=0.0)
+    assert state() == (0, 0, 0, 0)
+    one.check()
+
+
+def leave_by_cancel(one: GlobalScheduler) -> None:
+    one.cancel("a", now=0.0)
+
+
+def leave_by_loss(one: GlobalScheduler) -> None:
+    one.apply(ReplicaDown(0), now=0.0)
+
+
+@pytest.mark.parametrize("leave", [leave_by_cancel, leave_by_loss])
+def test_a_request_that_left_is_off_the_books(leave: Callable[[GlobalScheduler], None]) -> None:
+    one = scheduler(1)
+    one.submit("a", PROMPT, now=0.0)
+    one.apply(Progressed(0, "a", 20, (5,)), now=0.0)
+    leave(one)
+    books = one.replicas[0]
+    assert (books.in_flight, books.queued_prefill_tokens, books.decoding) == (0, 0, 0)
+    assert cached(one, PROMPT) == {}
+    for event in (Admitted(0, "a", 4), Progressed(0, "a", 21, (6,)), Finished(0, "a")):
+        assert one.apply(event, now=0.0) == []
+    one.check()
+    assert one.cancel("never there", now=0.0) == []
+
+
+# Replicas come and go
+
+
+def test_the_requests_of_a_lost_replica_move_with_their_ids() -> None:
+    one = scheduler(3)
+    replica = placed(one.submit("a", PROMPT, now=0.0)).replica
+    assert placed(one.submit("b", PROMPT, now=0.0)).replica == replica
+    other = placed(one.submit("c", [1, 2, 3], now=0.0)).replica
+    moved = one.apply(ReplicaDown(replica), now=1.0)
+    assert [move.request_id for move in moved] == ["a", "b"]
+    assert moved[0].replica == moved[1].replica not in (replica, other)
+    assert one.in_flight(replica) == []
+    assert one.apply(ReplicaDown(replica), now=1.0) == []
+    one.apply(ReplicaUp(replica), now=2.0)
+    assert cached(one, PROMPT) == {moved[0].replica: 20}, "it comes back cold"
+    assert placed(one.submit("d", [9], now=2.0)).replica == replica
+    one.check()
+
+
+def test_requests_wait_while_no_replica_is_up() -> None:
+    one = scheduler(1)
+    one.submit("a", PROMPT, now=0.0)
+    assert one.apply(ReplicaDown(0), now=0.0) == []
+    assert one.submit("b", PROMPT, now=0.0) == Waiting("b", "no replica is up")
+    assert one.waiting == ["a", "b"]
+    assert one.cancel("a", now=0.0) == []
+    assert [move.request_id for move in one.apply(ReplicaUp(0), now=0.0)] == ["b"]
+    one.check()
+
+
+def test_waiting_requests_are_served_by_priority_deadline_and_age() -> None:
+    one = scheduler(0)
+    wishes: list[dict[str, Any]] = [
+        {},
+        {"deadline": 9.0},
+        {"deadline": 5.0},
+        {},
+        {"priority": 1},
+        {"priority": -1, "deadline": 1.0},
+        {"priority": 1, "deadline": 99.0},
+    ]
+    for number, wish in enumerate(wishes):
+        one.submit(str(number), [1], now=0.0, **wish)
+    order = ["6", "4", "2", "1", "0", "3", "5"]
+    assert one.waiting == order
+    one.add_replica()
+    late = one.submit("7", [1], now=0.0)
+    assert late == Waiting("7", "others wait before it")
+    assert [move.request_id for move in one.poll(1.0)] == [*order[:-1], "7", "5"]
+
+
+def test_a_request_placed_again_keeps_its_age() -> None:
+    one = scheduler(1)
+    one.submit("old", [1], now=0.0)
+    one.drain(0)
+    assert one.submit("new", [1], now=1.0) == Waiting("new", "every replica that is up drains")
+    one.apply(ReplicaDown(0), now=2.0)
+    assert one.waiting == ["old", "new"]
+
+
+def test_a_draining_replica_finishes_what_it_has() -> None:
+    one = scheduler(2)
+    replica = placed(one.submit("a", PROMPT, now=0.0)).replica
+    one.drain(replica)
+    assert placed(one.submit("b", PROMPT, now=0.0)).replica != replica
+    assert one.in_flight(replica) == ["a"]
+    assert one.replicas[replica].state == "draining"
+    one.apply(Finished(replica, "a"), now=0.0)
+    assert one.remove_replica(replica, now=0.0) == []
+    one.check()
+
+
+def test_a_removed_replica_hands_back_its_requests() -> None:
+    one = scheduler(1)
+    for name in "abc":
+        one.submit(name, PROMPT, now=0.0)
+    one.apply(Finished(0, "b"), now=0.0)
+    assert one.remove_replica(0, now=0.0) == ["a", "c"]
+    assert one.add_replica() == 1
+    assert placed(one.submit("a", PROMPT, now=0.0)).replica == 1, "its id is free again"
+    assert one.apply(Stored(0, 1, "", names(PROMPT)), now=0.0) == []
+    one.check()
+
+
+def test_cache_events_of_an_earlier_life_are_ignored() -> None:
+    one = scheduler(1)
+    one.submit("a", PROMPT, now=0.0)
+    one.apply(Stored(0, 1, "", names(PROMPT)[:2]), now=0.0)
+    one.apply(ReplicaDown(0), now=0.0)
+    one.apply(Stored(0, 3, "", names(PROMPT)), now=0.0)
+    one.apply(ReplicaUp(0, sequence=3), now=0.0)
+    one.apply(Stored(0, 2, "", names(PROMPT)[:3]), now=0.0)
+    assert one.resident_pages(0) == set()
+    one.apply(Stored(0, 4, "", names(PROMPT)[:1]), now=0.0)
+    assert one.resident_pages(0) == set(names(PROMPT)[:1].tolist())
+
+
+def test_a_restarted_replica_may_count_from_one_again() -> None:
+    one = scheduler(1)
+    for sequence in (1, 2):
+        one.apply(Stored(0, sequence, "", names(PROMPT)), now=0.0)
+    one.apply(ReplicaDown(0), now=0.0)
+    one.apply(ReplicaUp(0), now=0.0)
+    one.apply(Stored(0, 1, "", names(PROMPT)[:1]), now=0.0)
+    assert one.resident_pages(0) == set(names(PROMPT)[:1].tolist())
+
+
+# Decisions
+
+
+def test_cold_prompts_spread_out() -> None:
+    for policy in ("prefix-affinity", "e2", "least-loaded", "round-robin"):
+        one = scheduler(8, policy)
+        counts = Counter(placed(one.submit(str(n), [n] * 8, now=0.0)).replica for n in range(80))
+        assert counts == dict.fromkeys(range(8), 10), policy
+
+
+def test_a_burst_with_one_common_prefix_does_not_stay_on_one_replica() -> None:
+    one = scheduler(4, "e2")
+    counts = Counter(placed(one.submit(str(n), [*PROMPT, n], now=0.0)).replica for n in range(200))
+    assert min(counts.values()) >= 40
+
+
+def test_the_seed_decides_ties_and_nothing_else_does() -> None:
+    def decisions(seed: int) -> list[int]:
+        one = scheduler(8, seed=seed)
+        return [placed(one.submit(str(n), [n] * 8, now=0.0)).replica for n in range(40)]
+
+    assert decisions(1) == decisions(1)
+    assert len({tuple(decisions(seed)) for seed in range(10)}) == 10
+
+
+def test_time_never_goes_back() -> None:
+    one = scheduler(window=10.0)
+    one.submit("a", PROMPT, now=100.0)
+    one.submit("b", [1, *PROMPT], now=50.0)
+    one.check()
+
+
+def test_explain_says_what_submit_does_and_changes_nothing() -> None:
+    one = scheduler(3)
+    for n in range(5):
+        one.submit(str(n), [n % 2, *PROMPT], now=0.0)
+    one.apply(Stored(0, 1, "", names([1, *PROMPT])[:2]), now=0.0)
+    one.drain(2)
+    before = one.explain([1, *PROMPT], now=0.0)
+    assert before == one.explain([1, *PROMPT], now=99.0)
+    after = placed(one.submit("next", [1, *PROMPT], now=0.0))
+    assert (before.replica, before.reason) == (after.replica, after.reason)
+    assert before.candidates[after.replica].costs == after.costs
+    assert one.explain([5, 5, 5, 5], now=0.0, namespace="unseen").candidates[0].cached_tokens == 0
+    one.check()
+
+
+def test_an_explanation_is_a_table() -> None:
+    one = scheduler(2)
+    one.submit("a", PROMPT, now=0.0)
+    lines = str(one.explain(PROMPT, now=0.0)).splitlines()
+    assert lines[0].startswith("prefix-affinity: replica")
+    assert "prompt of 20 tokens" in lines[0]
+    assert lines[1].split()[:3] == ["replica", "state", "cached"]
+    assert "missed_tokens" in lines[1]
+    assert [line.split()[0] for line in lines[2:]].count("*") == 1
+    one.apply(ReplicaDown(0), now=0.0)
+    one.apply(ReplicaDown(1), now=0.0)
+    assert str(one.explain(PROMPT, now=0.0)).startswith("prefix-affinity: wait (no replica is up)")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], "not empty; this one has shape"),
+        ([[1, 2], [3, 4]], "flat sequence"),
+        ([[1, 2], [3]], "flat sequence"),
+        ([1.5, 2.0], "must be integers, not float64"),
+        (["a"], "must be integers"),
+        ([True, False], "must be integers, not bool"),
+        (np.array([3, -1], np.int32), "must not be negative, as -1 is"),
+        ([2**31], "must be at most 2147483647, which 2147483648 is not"),
+        (np.array([2**63], np.uint64), "must be at most"),
+        ([2**70], "must be integers"),
+        (7, "flat sequence"),
+        (None, "flat sequence"),
+    ],
+)
+def test_a_malformed_prompt_is_refused(tokens: Any, message: str) -> None:
+    one = scheduler()
+    with pytest.raises(InvalidRequest, match=message):
+        one.submit("a", tokens, now=0.0)
+    with pytest.raises(InvalidRequest, match=message):
+        one.explain(tokens, now=0.0)
+    assert placed(one.submit("a", [1], now=0.0)), "the id was not taken"
+
+
+@pytest.mark.parametrize("tokens", [range(8), (1, 2, 3), np.arange(9, dtype=np.uint8), np.arange(20)[::2], [2**31 - 1]])
+def test_any_flat_integers_are_a_prompt(tokens: Any) -> None:
+    one = scheduler()
+    placed(one.submit("a", tokens, now=0.0))
+    one.check()
+
+
+def test_the_prompt_is_copied() -> None:
+    one = scheduler(1)
+    prompt = np.array(PROMPT, np.int32)
+    one.submit("a", prompt, now=0.0)
+    prompt[:] = 0
+    one.apply(Finished(0, "a"), now=0.0)
+    one.check()
+    assert one.submit("b", PROMPT, now=0.0) is not None
+    assert one.tree_pages == 5
+
+
+def test_bad_arguments_are_refused() -> None:
+    one = scheduler(2)
+    one.submit("a", [1], now=0.0)
+    for call, message in (
+        (lambda: one.submit("a", [1], now=0.0), "request 'a' is already here and has not ended"),
+        (lambda: one.submit("b", [1], now=0.0, max_tokens=0), "max_tokens must be at least 1"),
+        (lambda: one.remove_replica(2, now=0.0), "there is no replica 2; there are: 0, 1"),
+        (lambda: one.drain(-1), "there is no replica -1"),
+        (lambda: one.apply(StepTimed(9, 1, 1, 1, 0.1), now=0.0), "there never was a replica 9"),
+        (lambda: one.apply("finished", now=0.0), "not an event"),  # type: ignore[arg-type]
+        (lambda: one.add_replica(capacity_tokens=3), "less than a page of 4 tokens"),
+        (lambda: scheduler(-1), "replicas must be at least 0"),
+        (lambda: scheduler(window=float("nan")), "window must be at least 0 seconds"),
+        (lambda: GlobalScheduler(1, capacity_tokens=10, page_size=0), "page_size must be at least 1"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            call()
+    one.check()
+
+
+# What check() notices
+
+
+def break_ledger(one: GlobalScheduler) -> None:
+    one._fleet.ledgers[0].queued_prefill_tokens += 1
+
+
+def break_requests(one: GlobalScheduler) -> None:
+    one._requests.pop("a")
+
+
+def break_residency(one: GlobalScheduler) -> None:
+    node = next(iter(one._fleet.tree.nodes()))
+    node.resident[0] = 1
+
+
+def break_prediction(one: GlobalScheduler) -> None:
+    node = next(iter(one._fleet.tree.nodes()))
+    node.predicted[0] = node.predicted.get(0, 0) + 1
+
+
+def break_queue(one: GlobalScheduler) -> None:
+    for node in one._fleet.tree.nodes():
+        node.predicted, node.ends, node.cover = {}, {}, 0
+    for request in one._requests.values():
+        request.prediction = None
+    one._fleet.tree._in_use.clear()
+
+
+def break_state(one: GlobalScheduler) -> None:
+    one._fleet.ledgers[0].draining = True
+
+
+@pytest.mark.parametrize(
+    "damage", [break_ledger, break_requests, break_residency, break_prediction, break_queue, break_state]
+)
+def test_check_notices(damage: Callable[[GlobalScheduler], None]) -> None:
+    one = scheduler(1)
+    one.submit("a", PROMPT, now=0.0)
+    one.check()
+    damage(one)
+    with pytest.raises(AssertionError):
+        one.check()
+
+
+def test_check_works_without_assertions() -> None:
+    code = (
+        "from preble.sched import GlobalScheduler\n"
+        "one = GlobalScheduler(1, capacity_tokens=1000)\n"
+        "one.submit('a', [1], now=0.0)\n"
+        "one._fleet.ledgers[0].in_flight = 7\n"
+        "one.check()\n"
+    )
+    result = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
+    assert "AssertionError: replica 0 counts 7 requests, has 1" in result.stderr
+
+
+def test_importing_the_package_loads_nothing() -> None:
+    code = (
+        "import sys, preble.sched.placement\n"
+        "assert 'numpy' not in sys.modules\n"
+        "import preble.sched\n"
+        "for name in preble.sched.__all__: getattr(preble.sched, name)\n"
+        "assert 'numpy' in sys.modules and 'torch' not in sys.modules\n"
+        "try: preble.sched.Nothing\n"
+        "except AttributeError as error: print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "has no attribute 'Nothing'" in result.stdout, result.stderr
