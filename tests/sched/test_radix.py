@@ -83,6 +83,10 @@ def test_a_walk_goes_on_from_any_node() -> None:
     longer = np.array([1, 2, 3, 4, 5, 6, 7], np.int32)
     leaf = insert(tree, "", longer)
     assert tree.walk(end, longer) == (leaf, 6)
+    assert tree.walk(end, longer[4:], 4) == (leaf, 6)
+    assert tree.walk(end, longer[3:5], 3) == (end, 4)
+    assert tree.extend(leaf, np.array([6, 7, 8, 9, 9], np.int32), 5).tokens.tolist() == [7, 8, 9, 9]
+    tree.check()
     assert tree.walk(leaf, longer[:4]) == (leaf, 6), "a prompt that ends before the node has nothing to walk"
 
 

@@ -109,11 +109,12 @@ class Fleet:
         if request.prediction is not None:
             tree.retract(request.prediction)
             request.prediction = None
-        tokens = request.history
-        if request.node is not None and request.node.parent is not None:
-            node, matched = tree.walk(request.node, tokens)
-            tree.use(request.namespace, tokens, node, matched, now)
+        end = request.node
+        if end is not None and end.parent is not None:
+            tokens = request.history(end.end)
+            tree.use(request.namespace, tokens, *tree.walk(end, tokens, end.end), now, end.end)
         else:
+            tokens = request.history()
             tree.use(request.namespace, tokens, *tree.find(request.namespace, tokens), now)
         request.node = None
 

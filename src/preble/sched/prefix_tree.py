@@ -60,21 +60,23 @@ class PrefixTree(RadixTree[PrefixNode]):
         return (None, 0) if root is None else self.walk(root, tokens)
 
     def use(
-        self, namespace: str, tokens: Tokens, found: PrefixNode | None, matched: int, now: float
+        self, namespace: str, tokens: Tokens, found: PrefixNode | None, matched: int, now: float, offset: int = 0
     ) -> PrefixNode | None:
-        """A request uses this prompt: put what is new of it into the tree, where `find` ended.
+        """A request uses this prompt: put what is new of it into the tree, where `find` (or `walk`) ended. `tokens` is
+        the prompt from position `offset` on.
 
         Returns:
             The node with which the prompt's whole pages end, `None` if it has none. When a node leaves the tree it has
             no parent any more.
         """
-        if len(tokens) < self.page_size:
+        length = offset + len(tokens)
+        if length < self.page_size:
             return None
         node = self.root(namespace) if found is None else found
         if matched < node.end:
             node = self.split(node, matched)
-        if len(tokens) - matched >= self.page_size:
-            node = self.extend(node, tokens)
+        if length - matched >= self.page_size:
+            node = self.extend(node, tokens, offset)
             names = node.hashes.tolist()
             self.pages += len(names)
             self._index.update(dict.fromkeys(names, node))

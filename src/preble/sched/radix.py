@@ -57,23 +57,30 @@ class RadixTree(Generic[N]):
             root = self.roots[namespace] = self._node_type(np.empty(0, np.int32), salt, None, 0)
         return root
 
-    def walk(self, node: N, tokens: Tokens) -> tuple[N, int]:
-        """Follow `tokens` (of the whole prompt) downwards from `node`.
+    def walk(self, node: N, tokens: Tokens, offset: int = 0) -> tuple[N, int]:
+        """Follow a prompt downwards from `node`.
+
+        Args:
+            node: the prompt is known to match up to its end.
+            tokens: the prompt from position `offset` on.
+            offset: at most `node.end`.
 
         Returns:
-            The deepest node reached and the length of the match, in tokens, whole pages. The match may end inside that
-            node's edge (`match < node.end`).
+            The deepest node reached and the length of the match from position 0, in tokens, whole pages. The match may
+            end inside that node's edge (`match < node.end`).
         """
         page = self.page_size
-        limit = len(tokens) - len(tokens) % page
+        limit = offset + len(tokens)
+        limit -= limit % page
         matched = node.end
         while matched < limit:
-            child = node.children.get(tokens[matched : matched + page].tobytes())
+            at = matched - offset
+            child = node.children.get(tokens[at : at + page].tobytes())
             if child is None:
                 break
             node = child  # type: ignore[assignment]  # children have their parent's type
             stop = min(node.end, limit)
-            run, edge = tokens[matched:stop], node.tokens[: stop - matched]
+            run, edge = tokens[at : stop - offset], node.tokens[: stop - matched]
             if run.tobytes() != edge.tobytes():  # for the usual length faster than comparing the arrays
                 first = int((run != edge).argmax())
                 return node, matched + first - first % page
@@ -107,10 +114,11 @@ class RadixTree(Generic[N]):
         self._split_payload(upper, node, pages)
         return upper
 
-    def extend(self, node: N, tokens: Tokens) -> N:
-        """Put the whole pages of `tokens[node.end:]` below `node` as one new leaf, copied; returns the leaf."""
-        stop = len(tokens) - len(tokens) % self.page_size
-        run = tokens[node.end : stop].copy()
+    def extend(self, node: N, tokens: Tokens, offset: int = 0) -> N:
+        """Put the whole pages of a prompt behind `node.end` below `node` as one new leaf, copied; returns the leaf.
+        `tokens` is the prompt from position `offset` on."""
+        stop = offset + len(tokens)
+        run = tokens[node.end - offset : stop - stop % self.page_size - offset].copy()
         hashes = page_hashes(run, self.page_size, start=node.end, base=int(node.hashes[-1]))
         leaf = self._node_type(run, hashes, node, node.end)
         node.children[self._key(leaf)] = leaf

@@ -85,12 +85,9 @@ class Request:
         """Seconds on the caller's clock, infinity without one."""
         return self.urgency[1]
 
-    @property
-    def history(self) -> Tokens:
-        """int32 [n]: prompt and output."""
-        if not self.output:
-            return self.tokens
-        return np.concatenate((self.tokens, np.array(self.output, np.int32)))
+    def history(self, start: int = 0) -> Tokens:
+        """int32 [n]: prompt and output, from a position of the prompt on."""
+        return np.concatenate((self.tokens[start:], np.array(self.output, np.int32)))
 
     def generated(self, tokens: tuple[int, ...], stop: int) -> None:
         """Take in generated tokens that end at position `stop` of the request. Known ones are replaced; tokens behind a

@@ -245,7 +245,7 @@ class GlobalScheduler:
         return lost
 
     def drain(self, replica: int) -> None:
-        """Place nothing more on a replica; what is in flight there goes on.
+        """Place nothing more on a replica, not even after a restart; what is in flight there goes on.
 
         Raises:
             InvalidRequest: there is no such replica.
