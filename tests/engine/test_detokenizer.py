@@ -29,8 +29,8 @@ def tokenizers(tmp_path_factory):
     }
 
 
-def pieces(tokenizer, ids, already=()):
-    detokenizer = Detokenizer(tokenizer, already)
+def pieces(tokenizer, ids):
+    detokenizer = Detokenizer(tokenizer)
     return [*(detokenizer.append([token]) for token in ids), detokenizer.flush()]
 
 
@@ -104,12 +104,15 @@ def test_bytes_of_any_text(tokenizers, kind, text, data):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-def test_going_on_elsewhere(tokenizers, kind, data):
+def test_several_tokens_at_once_add_what_they_add_one_by_one(tokenizers, kind, data):
     tokenizer = tokenizers[kind]
     size = tokenizer._backend.get_vocab_size()
     ids = data.draw(st.lists(st.integers(0, size - 1), max_size=30))
     cut = data.draw(st.integers(0, len(ids)))
-    assert pieces(tokenizer, ids)[cut:] == pieces(tokenizer, ids[cut:], already=ids[:cut])
+    detokenizer = Detokenizer(tokenizer)
+    one_by_one = pieces(tokenizer, ids)
+    assert detokenizer.append(ids[:cut]) == "".join(one_by_one[:cut])
+    assert [*(detokenizer.append([token]) for token in ids[cut:]), detokenizer.flush()] == one_by_one[cut:]
 
 
 @given(data=st.data())

@@ -27,14 +27,12 @@ class Detokenizer:
 
     Args:
         tokenizer: of the checkpoint.
-        already: tokens whose text was delivered before, when a request goes on elsewhere.
     """
 
     __slots__ = ("_text",)
 
-    def __init__(self, tokenizer: Tokenizer, already: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._text = _Neighbours(tokenizer) if tokenizer.pieces is None else _Bytes(tokenizer.pieces)
-        self._text.append(already)
 
     def append(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens add; special tokens add none."""
