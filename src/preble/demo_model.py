@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+from typing import Any
 
 VOCABULARY = 1024
 WORDS = """
@@ -81,8 +86,8 @@ def write_demo_model(folder: Path) -> None:
     def normal(*shape: int, scale: float) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * scale
 
-    # Every row of the output projection but those of whole words is zero. Some word is always far above zero, so nothing
-    # else is ever chosen greedily, and hardly ever at the temperatures people use.
+    # Every row of the output projection but those of whole words is zero. Some word is always far above zero: nothing
+    # else is ever chosen greedily, and next to nothing at the temperatures people use.
     head = torch.zeros(VOCABULARY, hidden)
     head[word_ids] = normal(len(word_ids), hidden, scale=0.3)
     weights = {
@@ -107,7 +112,7 @@ def write_demo_model(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _tokenizer():  # type: ignore[no-untyped-def]  # tokenizers ships no types for its parts
+def _tokenizer() -> tuple[Any, list[int]]:
     """A byte-level BPE that knows the words above, and the ids of those words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 

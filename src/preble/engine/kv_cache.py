@@ -6,7 +6,7 @@ import torch
 
 
 class KVCache:
-    """K and V of all layers, each `[layer, page * page_size, kv_head, head_dim]`: a slot is `page * page_size + offset`.
+    """K and V of all layers, each `[layer, slot, kv_head, head_dim]` where slot = `page * page_size + offset`.
 
     Memory is reserved, not touched: on the CPU, pages that were never used cost nothing.
     """

@@ -13,8 +13,7 @@ from preble.sched.prefix_cache import CachedRun
 
 
 class Sequence:
-    """One request on one replica. `tokens[:length]` are prompt and output; the KV of `tokens[:computed]` is on the pages
-    of `table`.
+    """One request on one replica: `tokens[:length]` are prompt and output, `tokens[:computed]` have KV on `table`.
 
     Args:
         request_id: unique on the replica.
