@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-from typing import Any
 
 VOCABULARY = 1024
 WORDS = """
@@ -89,7 +88,7 @@ def write_demo_model(folder: Path) -> None:
     # Every row of the output projection but those of whole words is zero. Some word is always far above zero: nothing
     # else is ever chosen greedily, and next to nothing at the temperatures people use.
     head = torch.zeros(VOCABULARY, hidden)
-    head[word_ids] = normal(len(word_ids), hidden, scale=0.3)
+    head[word_ids] = normal(len(word_ids), hidden, scale=0.5)
     weights = {
         "model.embed_tokens.weight": normal(VOCABULARY, hidden, scale=1.0),
         "model.norm.weight": torch.ones(hidden),
@@ -112,7 +111,7 @@ def write_demo_model(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _tokenizer() -> tuple[Any, list[int]]:
+def _tokenizer() -> tuple[Tokenizer, list[int]]:
     """A byte-level BPE that knows the words above, and the ids of those words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
