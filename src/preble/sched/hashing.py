@@ -86,3 +86,13 @@ def page_hashes(tokens: Tokens, page_size: int, *, start: int = 0, base: int = 0
     terms *= _weights(start, start + count)
     hashes: Hashes = terms.cumsum()[page_size - 1 :: page_size] + np.uint64(base & _MASK)
     return hashes
+
+
+def in_common(some: Hashes, others: Hashes) -> int:
+    """How many hashes the two start with alike."""
+    limit = min(len(some), len(others))
+    if limit == 0:
+        return 0
+    differs = some[:limit] != others[:limit]
+    first = int(differs.argmax())
+    return first if differs[first] else limit

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 
-from preble.sched.hashing import Hashes, Tokens
+from preble.sched.hashing import Hashes, Tokens, in_common
 from preble.sched.invariants import require
 from preble.sched.prefix_node import Prediction, PrefixNode
 from preble.sched.radix import RadixTree
@@ -44,7 +43,7 @@ class PrefixTree(RadixTree[PrefixNode]):
         """Slots in use lie below this."""
         self._unknown: dict[int, int] = {}
         self._in_use: OrderedDict[PrefixNode, None] = OrderedDict()
-        self._swept = -math.inf
+        self._swept = float("-inf")
         """Nothing that was last used before this time is left in the queue."""
 
     # Prompts
@@ -199,8 +198,6 @@ class PrefixTree(RadixTree[PrefixNode]):
         if prediction.requests == 0 and prediction.node.ends.get(prediction.slot) is prediction:
             self._withdraw(prediction)
 
-    # The rest is how
-
     def _split_payload(self, upper: PrefixNode, lower: PrefixNode, pages: int) -> None:
         self._index.update(dict.fromkeys(upper.hashes.tolist(), upper))
         upper.predicted = lower.predicted.copy()
@@ -232,10 +229,10 @@ class PrefixTree(RadixTree[PrefixNode]):
             edge = node.hashes
             first = int((edge == hashes[at]).argmax())
             at += 1
-            more = _in_common(edge[first + 1 :], hashes[at:])
+            more = in_common(edge[first + 1 :], hashes[at:])
             last = first + 1 + more
             if not more:
-                more = _in_common(edge[:first][::-1], hashes[at:])
+                more = in_common(edge[:first][::-1], hashes[at:])
                 first -= more
             at += more
             yield node, (1 << last) - (1 << first)
@@ -363,14 +360,12 @@ class PrefixTree(RadixTree[PrefixNode]):
         slots = {cache.slot: cache for cache in caches}
         require(slots == self._caches, "a removed replica left a trace")
         references = Counter(predictions)
-        indexed = 0
         holding: dict[int, set[PrefixNode]] = {slot: set() for slot in slots}
         for node in self.nodes():
             where = f"prefix node {node.start}:{node.end}"
-            whole = (1 << len(node.hashes)) - 1
-            indexed += len(node.hashes)
             require(all(self._index.get(name) is node for name in node.hashes.tolist()), f"{where} is not indexed")
-            require(all(0 < bits <= whole for bits in node.resident.values()), f"{where} holds impossible pages")
+            possible = all(0 < bits < 1 << len(node.hashes) for bits in node.resident.values())
+            require(possible, f"{where} holds impossible pages")
             for slot in node.resident:
                 holding[slot].add(node)
             counts = Counter(node.ends.keys())
@@ -385,7 +380,8 @@ class PrefixTree(RadixTree[PrefixNode]):
             require(masks == (node.full, node.cover), f"{where} has wrong masks")
             kept = node.children or node.predicted or node.pages_held == len(node.hashes) or node in self._in_use
             require(bool(kept), f"{where} should have been cut back")
-        require(indexed == self.pages == len(self._index), "the tree's pages are miscounted")
+        pages = sum(len(node.hashes) for node in self.nodes())
+        require(pages == self.pages == len(self._index), "the tree's pages are miscounted")
         require(all(root.children for root in self.roots.values()), "an empty namespace is still known")
         unknown: Counter[int] = Counter()
         for slot, cache in slots.items():
@@ -400,13 +396,3 @@ class PrefixTree(RadixTree[PrefixNode]):
         require(last_used == sorted(last_used), "the queue is not in order of use")
         require(all(node.parent is not None for node in self._in_use), "a removed node is still queued")
         require(not last_used or last_used[0] >= self._swept, "an outdated node was left in the queue")
-
-
-def _in_common(edge: Hashes, hashes: Hashes) -> int:
-    """How many pages the two start with alike."""
-    limit = min(len(edge), len(hashes))
-    if limit == 0:
-        return 0
-    differs = edge[:limit] != hashes[:limit]
-    first = int(differs.argmax())
-    return first if differs[first] else limit
