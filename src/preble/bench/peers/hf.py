@@ -25,7 +25,11 @@ class _Clock(StoppingCriteria):
 
 
 class HuggingFace:
-    """Scaled-dot-product attention over the dynamic cache, the fastest plain setting on the CPU."""
+    """Scaled-dot-product attention over a static cache.
+
+    The fastest plain setting on the CPU: a tenth faster than the dynamic cache with 8 requests, level with one; eager
+    attention is no faster anywhere.
+    """
 
     def __init__(self, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
@@ -33,7 +37,7 @@ class HuggingFace:
             setup.checkpoint, dtype=torch.bfloat16, attn_implementation="sdpa"
         )
         self.versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-        self.settings = {"dtype": "bfloat16", "attention": "sdpa", "cache": "dynamic"}
+        self.settings = {"dtype": "bfloat16", "attention": "sdpa", "cache": "static"}
 
     def run(self, work: Work) -> Trace:
         """One call of `generate`."""
@@ -47,6 +51,7 @@ class HuggingFace:
                 max_new_tokens=work.new_tokens,
                 do_sample=False,
                 pad_token_id=0,
+                cache_implementation="static",
                 stopping_criteria=StoppingCriteriaList([clock]),
             )
         trace.tokens = output[:, prompts.shape[1] :].tolist()

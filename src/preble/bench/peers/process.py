@@ -42,7 +42,8 @@ class PeerProcess:
     def __init__(self, name: str, python: str, checkpoint: Path, folder: Path, threads: int) -> None:
         self.name = name
         self._errors = folder / f"{name}.stderr"
-        command = [python, "-m", f"preble.bench.peers.{MODULES[name]}", str(checkpoint), str(threads)]
+        # -P: the current folder must not shadow a peer's packages.
+        command = [python, "-P", "-m", f"preble.bench.peers.{MODULES[name]}", str(checkpoint), str(threads)]
         with self._errors.open("wb") as errors:
             try:
                 self._process = subprocess.Popen(
@@ -51,7 +52,6 @@ class PeerProcess:
                     stdout=subprocess.PIPE,
                     stderr=errors,
                     text=True,
-                    cwd=folder,
                     env=_environment(folder, threads),
                 )
             except OSError as error:
