@@ -117,13 +117,14 @@ class Cluster:
         if self._state != "new":
             raise ClusterStateError("a cluster is entered once; make a new one")
         from preble.dispatcher import Dispatcher
-        from preble.replica.launch import load
+        from preble.replica.launch import in_a_thread_of_its_own, load
         from preble.sched import GlobalScheduler
         from preble.sched.policies import make_policy
 
         policy = make_policy(self._policy)
         loaded = await anyio.to_thread.run_sync(
-            lambda: load(
+            lambda: in_a_thread_of_its_own(
+                load,
                 self._model,
                 replicas=self._replicas,
                 devices=self._devices,

@@ -7,11 +7,13 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -27,6 +29,9 @@ from preble.replica.base import Listener, Replica
 from preble.replica.thread import ThreadReplica
 
 logger = logging.getLogger("preble.replica")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 GIB = 1 << 30
 MOST_KV_MEMORY = 4 * GIB
@@ -113,6 +118,17 @@ def _checkpoint_folder(model: str | PathLike[str]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="preble-demo-") as folder:
         write_demo_model(Path(folder))
         yield Path(folder)
+
+
+def in_a_thread_of_its_own(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call `function` in a thread that ends with it.
+
+    OpenMP keeps a pool of threads for every thread that ever computed. As soon as all pools together outnumber the
+    cores, they stop to spin between two operations and sleep instead, which nearly halves the speed of decoding. So
+    what loads a model must not leave a pool behind.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="preble-load") as executor:
+        return executor.submit(function, *args, **kwargs).result()
 
 
 def launch(loaded: Loaded, listener: Listener) -> list[Replica]:
