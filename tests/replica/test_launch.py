@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +66,35 @@ def test_replicas_on_a_device_share_one_copy_of_the_weights(llama: Path) -> None
     assert len({id(engine._model) for engine in loaded.engines}) == 1
     assert len({id(engine._kv) for engine in loaded.engines}) == 3
     assert [engine.stats().replica for engine in loaded.engines] == [0, 1, 2]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc, which only Linux has")
+def test_what_loads_a_model_leaves_no_openmp_threads_behind() -> None:
+    code = """
+import os, torch
+from preble.replica.launch import in_a_thread_of_its_own
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def compute():
+    torch.set_num_threads(2)
+    torch.ones(4_000_000).add_(1)
+    return threads()
+
+before = threads()
+during = in_a_thread_of_its_own(compute)
+once = threads()  # some that the libraries start once for good, and some that are about to end
+for _ in range(8):
+    in_a_thread_of_its_own(compute)
+for _ in range(100_000):
+    if threads() <= once:
+        break
+    os.sched_yield()
+print(before, during, once, threads())
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    before, during, once, in_the_end = map(int, result.stdout.split())
+    assert during > before + 1, "the computation was to use a thread of OpenMP"
+    assert in_the_end <= once
