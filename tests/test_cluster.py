@@ -224,16 +224,27 @@ async def test_breaking_out_of_a_stream_frees_its_pages(llama: Path) -> None:
 
 
 async def test_an_abort_reaches_the_engine_before_its_next_step(llama: Path) -> None:
-    """Without the thread, so that the steps can be counted."""
-    async with Cluster(llama, replicas=1, dtype="float32", kv_memory="1MiB") as cluster:
-        engine = engines(cluster)[0]
-        stream = cluster.stream(PROMPT, max_tokens=150, ignore_eos=True)
-        await anext(stream)
-        stream.close()
-        await idle(cluster)
-        computed = engine.computed_tokens
-        await cluster.generate("x", max_tokens=1)
-        assert engine.computed_tokens - computed == 2  # <|begin|> and "x": nothing was left of the aborted request
+    async with serving(llama, replicas=1) as cluster:
+        [replica] = replicas(cluster)
+        engine = replica._engine
+        original = engine.step
+        computed: list[int] = []
+
+        def step() -> Any:
+            report = original()
+            computed.append(engine.computed_tokens)
+            if len(computed) == 3:
+                replica.abort("mine")
+            return report
+
+        engine.step = step
+        async with cluster.stream(PROMPT, max_tokens=150, ignore_eos=True, request_id="mine") as stream:
+            await anext(stream)
+            while not replica.idle:
+                await anyio.lowlevel.checkpoint()
+            assert engine.stats().pages_in_use == 0
+        assert len(computed) >= 3
+        assert computed[-1] == computed[2], "a step after the abort still worked on the request"
 
 
 async def test_a_timeout_raises_with_what_there_was(llama: Path) -> None:
@@ -245,6 +256,17 @@ async def test_a_timeout_raises_with_what_there_was(llama: Path) -> None:
             async for _ in cluster.stream(PROMPT, max_tokens=180, ignore_eos=True, timeout=1e-9):
                 pass
         await cluster.generate(PROMPT, max_tokens=2, timeout=600)
+
+        stream = cluster.stream(PROMPT, max_tokens=180, ignore_eos=True, timeout=600)
+        first = await anext(stream)
+        stream._deadline = 0.0  # the time is up in the middle, without waiting for it
+        with pytest.raises(preble.RequestTimeout, match="within its timeout of 600 s") as caught:
+            await stream.finish()
+        partial = caught.value.partial
+        assert partial is not None
+        assert partial.token_ids[: len(first.token_ids)] == first.token_ids
+        assert 0 < len(partial.token_ids) < 180
+        assert partial.finish_reason == "abort"
 
 
 async def test_cancelling_the_task_frees_its_pages(llama: Path) -> None:
@@ -352,7 +374,9 @@ async def test_five_hundred_cancellations_leak_nothing(llama: Path, seed: int) -
         ("x", {"priority": "high"}, "priority must be an integer"),
         ("x", {"timeout": 0}, "timeout must be a positive number"),
         ("x", {"namespace": 3}, "namespace must be a string"),
+        ("x", {"namespace": "\ud800"}, "namespace must be valid text"),
         ("x", {"request_id": ""}, "request_id must be"),
+        ("x", {"request_id": "\ud800"}, "request_id must be valid text"),
     ],
 )
 async def test_bad_requests_are_refused_before_any_work(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ import anyio.to_thread
 from preble.errors import ClusterStateError, InvalidRequest, PrebleError, PromptTooLong
 from preble.flight import Flight
 from preble.outputs import ClusterStats, GenerationOutput
-from preble.prompts import Prompt, check_text, prompt_tokens
+from preble.prompts import Prompt, check_name, check_text, prompt_tokens
 from preble.sampling import SamplingParams
 from preble.stream import Stream
 
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
     from preble.sched.hashing import Tokens
     from preble.sched.policies import Policy
-
-logger = logging.getLogger("preble.cluster")
 
 LONG_TEXT = 2_000
 """Characters from which a prompt is tokenized in a worker thread, so that the event loop never waits for it."""
@@ -355,10 +352,11 @@ class Cluster:
         params.check_vocabulary(self._config.vocabulary_size)
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InvalidRequest(f"priority must be an integer, not {priority!r}")
-        if not isinstance(namespace, str):
-            raise InvalidRequest(f"namespace must be a string, not {namespace!r}")
-        if request_id is not None and (not isinstance(request_id, str) or not request_id):
-            raise InvalidRequest(f"request_id must be a non-empty string, not {request_id!r}")
+        check_name("namespace", namespace)
+        if request_id is not None:
+            check_name("request_id", request_id)
+            if not request_id:
+                raise InvalidRequest("request_id must be a non-empty string; leave it out to get one")
         if timeout is not None and (
             isinstance(timeout, bool)
             or not isinstance(timeout, (int, float))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,6 @@ from preble.sched import GlobalScheduler, Placement, ReplicaDown, Waiting
 
 if TYPE_CHECKING:
     from preble.replica.base import Replica
-
-logger = logging.getLogger("preble.cluster")
 
 
 class Dispatcher:

@@ -1,4 +1,4 @@
-"""What may be given as a prompt."""
+"""What may be given as a prompt, and as a name."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def check_text(prompt: str) -> None:
     """Reject a text without characters."""
     if not prompt:
         raise InvalidRequest("the prompt is empty: give at least one character or token id")
+
+
+def check_name(name: str, value: object) -> None:
+    """Reject what cannot name anything: hashes and seeds are derived from its bytes."""
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{name} must be a string, not {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{name} must be valid text; {value!r} holds half a surrogate pair") from None
 
 
 def prompt_tokens(prompt: object) -> Tokens:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ class ForwardBatch:
     sequences: list[SequenceSlice]
     logit_rows: torch.Tensor
     """int64 [R]: rows whose next-token logits are wanted."""
-    scratch: dict[str, object] = field(default_factory=dict)
-    """What a model or an attention backend computes once per forward and reuses in every layer."""
 
 
 class Model(Protocol):
