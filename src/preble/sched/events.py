@@ -3,7 +3,7 @@
 Cache events name pages by the 64-bit hash of the whole prefix that ends with the page (`preble.sched.hashing`), so an
 event is as small as the number of pages it speaks of. Each replica numbers its cache events 1, 2, 3, …; the scheduler
 uses the number to tell which of two statements about a page is newer, so cache events may arrive late, twice or out of
-order, also relative to other events. The events of one request (`Admitted`, `Progressed`, `Finished`) and those of a
+order, also relative to other events. The events of one request (`Admitted`, `Progressed`, `Preempted`, `Finished`) and those of a
 replica's life (`ReplicaDown`, `ReplicaUp`) must arrive in order; a request's may be repeated.
 """
 
@@ -79,6 +79,16 @@ class StepTimed:
     context_tokens: int
     """Sum over the step's requests of the tokens they attended to."""
     seconds: float
+    attended_pairs: int = 0
+    """Sum over the step's requests of new tokens times tokens attended to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """The request lost its pages and is back in the replica's waiting queue; it will be `Admitted` once more."""
+
+    replica: int
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +107,4 @@ class ReplicaUp:
     """Number of the last cache event of its earlier life: those up to it are ignored should they still arrive."""
 
 
-Event: TypeAlias = Admitted | Progressed | Finished | Stored | Evicted | StepTimed | ReplicaDown | ReplicaUp
+Event: TypeAlias = Admitted | Progressed | Preempted | Finished | Stored | Evicted | StepTimed | ReplicaDown | ReplicaUp

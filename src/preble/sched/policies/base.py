@@ -5,9 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from preble.sched.lots import Lots
+
+if TYPE_CHECKING:
+    from preble.sched.cost import CostModel
 
 NO_COSTS: Mapping[str, float] = MappingProxyType({})
 """The costs of a decision that weighed nothing."""
@@ -25,6 +28,10 @@ class RequestView(Protocol):
     @property
     def max_tokens(self) -> int:
         """The most tokens it may generate."""
+
+    @property
+    def expected_tokens(self) -> float:
+        """How many it will probably generate: the caller's hint, or what requests with its prefix did so far."""
 
     @property
     def namespace(self) -> str: ...
@@ -49,8 +56,18 @@ class ReplicaView(Protocol):
         """`up`, `draining` or `down`."""
 
     @property
+    def cost(self) -> CostModel:
+        """What its steps cost."""
+
+    @property
+    def page_size(self) -> int: ...
+    @property
     def capacity_tokens(self) -> int:
         """Tokens that its KV pages hold."""
+
+    @property
+    def max_batched_tokens(self) -> int:
+        """Tokens that one of its steps computes at most."""
 
     @property
     def resident_tokens(self) -> int:
@@ -69,26 +86,104 @@ class ReplicaView(Protocol):
         """… and these generate, one token per step."""
 
     @property
+    def decode_context_tokens(self) -> int:
+        """Sum over the decoding requests of their tokens so far, prompt and output."""
+
+    @property
     def queued_prefill_tokens(self) -> int:
         """Tokens it has yet to compute before all of them decode."""
+
+    @property
+    def queued_prefill_seconds(self) -> float:
+        """What computing these costs."""
+
+    @property
+    def unique_pages(self) -> int:
+        """Pages that the requests placed there will hold when their prompts are computed, shared ones counted once."""
+
+    @property
+    def total_pages(self) -> int:
+        """The same, shared ones counted once per request."""
+
+    @property
+    def window_prefill_seconds(self) -> float:
+        """Prefill time of the requests placed there within the window H."""
+
+    @property
+    def window_decode_seconds(self) -> float:
+        """Their share of the decode steps' time."""
 
     @property
     def last_placed(self) -> int:
         """Number of the last placement it got, -1 before the first."""
 
 
-class View(NamedTuple):
+class TrafficView(Protocol):
+    """What the cluster observed lately."""
+
+    @property
+    def arrival_rate(self) -> float:
+        """Requests per second over the last 100 arrivals; 0 before there were two."""
+
+    @property
+    def mean_ttft(self) -> float:
+        """Seconds from `submit` to the first token, a running mean; 0 before the first."""
+
+    @property
+    def mean_latency(self) -> float:
+        """Seconds from `submit` to the end, a running mean; 0 before the first."""
+
+    @property
+    def mean_output_tokens(self) -> float:
+        """Tokens a request generates, a running mean; the paper's 45 before the first."""
+
+
+class Stretch(NamedTuple):
+    """A part of the matched prefix with the same users throughout."""
+
+    start: int
+    end: int
+    """Token positions in the prompt."""
+    in_flight: int
+    """Requests in flight whose prompts contain it, on all replicas."""
+    holders: int
+    """Replicas that have it, or soon will."""
+
+
+class View(Protocol):
     """All that a policy decides by."""
 
-    request: RequestView
-    replicas: tuple[ReplicaView, ...]
-    """The replicas that may take the request, at least one."""
-    matched: tuple[int, ...]
-    """Per entry of `replicas`: prompt tokens that are, or will soon be, in its prefix cache; whole pages."""
-    now: float
-    """Seconds on the caller's clock."""
-    lots: Lots
-    """For ties: seeded, so that the same calls give the same decisions."""
+    @property
+    def request(self) -> RequestView: ...
+    @property
+    def replicas(self) -> tuple[ReplicaView, ...]:
+        """The replicas that may take the request, at least one."""
+
+    @property
+    def matched(self) -> tuple[int, ...]:
+        """Per entry of `replicas`: prompt tokens that are, or will soon be, in its prefix cache; whole pages."""
+
+    @property
+    def now(self) -> float:
+        """Seconds on the caller's clock."""
+
+    @property
+    def lots(self) -> Lots:
+        """For ties: seeded, so that the same calls give the same decisions."""
+
+    @property
+    def traffic(self) -> TrafficView: ...
+    @property
+    def session(self) -> int | None:
+        """Position in `replicas` of the one that got the last request of the same session."""
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """The longest match with any replica or recent prompt, from its start. Worked out when asked for."""
+
+    def eviction_seconds(self, index: int) -> float:
+        """M in the paper: what must go from the cache of `replicas[index]` to make room for the request, as the time to
+        compute it again times the number of requests within H that used it. Worked out when asked for."""
 
 
 class Choice(NamedTuple):
