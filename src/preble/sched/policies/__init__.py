@@ -5,13 +5,22 @@ from __future__ import annotations
 import difflib
 
 from preble.errors import InvalidRequest
-from preble.sched.policies.base import Choice, Policy, ReplicaView, RequestView, View
+from preble.sched.policies.base import Choice, Policy, ReplicaView, RequestView, Stretch, TrafficView, View
+from preble.sched.policies.dynamo import Dynamo
 from preble.sched.policies.e2 import E2
 from preble.sched.policies.least_loaded import LeastLoaded
+from preble.sched.policies.llm_d import LlmD
+from preble.sched.policies.lmetric import LMetric
+from preble.sched.policies.pmc import PMC
 from preble.sched.policies.prefix_affinity import PrefixAffinity
+from preble.sched.policies.ray import Ray
 from preble.sched.policies.round_robin import RoundRobin
+from preble.sched.policies.sglang import SGLang
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (E2, PrefixAffinity, LeastLoaded, RoundRobin)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy
+    for policy in (E2, PMC, PrefixAffinity, LeastLoaded, RoundRobin, SGLang, Dynamo, LMetric, LlmD, Ray)
+}
 """The policies that have a name."""
 
 
@@ -32,4 +41,15 @@ def make_policy(policy: str | Policy) -> Policy:
     return known()
 
 
-__all__ = ["POLICIES", "Choice", "Policy", "ReplicaView", "RequestView", "View", "make_policy"]
+__all__ = [
+    "E2",
+    "POLICIES",
+    "Choice",
+    "Policy",
+    "ReplicaView",
+    "RequestView",
+    "Stretch",
+    "TrafficView",
+    "View",
+    "make_policy",
+]

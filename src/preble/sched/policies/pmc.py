@@ -116,11 +116,11 @@ class _Projection:
         context = replica.total_pages * page_size
         decode = output * decode_seconds(in_flight + 1, context + self.end)
         discount = 1.0
+        if in_flight < self.fewest:
+            discount = 1 / (1 + self._excess(self.prompt - new) * (1 - in_flight / self.fewest))
         pages = stalled = slowdown = 0.0
         if in_flight:
             slowdown = omega * in_flight * (decode - output * decode_seconds(in_flight, context))
-            if in_flight < self.fewest:
-                discount = 1 / (1 + self._excess(self.prompt - new) * (1 - in_flight / self.fewest))
             held = replica.unique_pages * page_size
             lacking = held + new + output - replica.capacity_tokens
             if lacking > 0:
@@ -128,8 +128,6 @@ class _Projection:
             stall = longer - added * alone
             if stall > 0 and decode > 0:
                 stalled = omega * in_flight * decode / (decode + drain) * stall * discount
-        elif self.fewest:
-            discount = 1 / (1 + self._excess(self.prompt - new))
         arrivals = self.rate * wait * longer * discount
         decode *= omega
         score = wait + pages + arrivals + stalled + decode + slowdown
