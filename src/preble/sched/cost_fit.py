@@ -1,0 +1,232 @@
+"""A cost model that learns from the steps it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from preble.errors import InvalidRequest
+from preble.sched.cost import CostModel, PiecewiseCost
+from preble.sched.events import StepTimed
+
+Array = NDArray[np.float64]
+
+FORMAT = "preble-cost-1"
+KNOTS = (0, 16, 64, 128, 192, 256, 384, 512, 1024, 2048)
+"""Tokens per step between which the base is linear."""
+PRICES = ("prefill", "per_prefill_token", "per_prefill_context", "per_pair", "per_decode", "per_decode_context")
+"""The other terms, as `PiecewiseCost` calls them."""
+KEPT_STEPS = 96
+"""Steps remembered of each kind: those with prefill chunks, and those that only decode."""
+HALF_LIFE = 32
+"""After this many more steps of its kind a step counts half."""
+FIRST_FIT = 8
+"""Steps seen before the first fit, so that a slow first one does not decide it."""
+LONGEST_WAIT = 64
+"""Steps from one fit to the next, at most."""
+START_WEIGHT = 0.02
+"""What a point taken from `start` counts beside a new step."""
+TOLERANCE = 0.15
+"""Relative errors beyond this count linearly instead of by their square."""
+SHORTEST, LONGEST = 1e-6, 3600.0
+"""Seconds of a step between which a timing is believed."""
+MOST_TOKENS = 10**9
+"""Tokens attended to in a step above which its sums are not believed."""
+
+PREFILL, SECONDS, START_SECONDS = len(KNOTS), -2, -1
+"""Columns of a table of steps: 1 if it has prefill chunks, what it took, what `start` says. The first columns, up to
+`SECONDS`, are what the terms multiply."""
+
+RAMP_STARTS = np.array(KNOTS[:-1], dtype=np.float64)
+RAMP_LENGTHS = np.diff(np.array(KNOTS, dtype=np.float64))
+AGE_WEIGHTS = 0.5 ** (np.arange(KEPT_STEPS)[::-1] / HALF_LIFE)
+"""What remembered steps count, the oldest first."""
+
+
+class FittedCost(CostModel):
+    """Begins as `start` and learns from timings what steps really cost.
+
+    It becomes a `PiecewiseCost` whose terms are fitted to recent steps by least squares of the relative errors, none
+    below 0: a sum of rising terms with such factors cannot be negative or fall. Sizes of step that were not seen keep
+    the proportions of `start`, at the speed observed. Steps far off count less, so that a few which waited for a
+    compilation or another process do no harm, while a lasting change of speed is followed within a few hundred steps.
+
+    The sums of a step do not tell how many prefill chunks it had; the price of their context is learned as if one.
+    """
+
+    def __init__(self, start: CostModel) -> None:
+        """`start` may be fitted itself: what it predicts now is what this one begins as."""
+        self.origin: str = start.origin if isinstance(start, FittedCost) else start.name
+        """Name of the model that all this began with."""
+        self.name = f"fitted (from {self.origin})"
+        self.steps = 0
+        """Timings learned from; those not believed are not counted."""
+        self._start = self._current = start._current if isinstance(start, FittedCost) else start
+        self._terms: Array | None = None
+        self._next_fit = FIRST_FIT
+        self._new: list[tuple[float, ...]] = []
+        self._points = _table(_points(self._start))
+        self._prefills = self._decodes = self._points[:0]
+
+    def step_seconds(self, prefills: Sequence[tuple[int, int]], decodes: int, decode_context: int) -> float:
+        return self._current.step_seconds(prefills, decodes, decode_context)
+
+    def prefill_seconds(self, new_tokens: int, cached_tokens: int = 0) -> float:
+        return self._current.prefill_seconds(new_tokens, cached_tokens)
+
+    def decode_seconds(self, decodes: int, context_tokens: int) -> float:
+        return self._current.decode_seconds(decodes, context_tokens)
+
+    def observe(self, event: StepTimed) -> None:
+        """Learn from a step. One whose time or sums cannot be true is ignored."""
+        tokens, decodes, context, seconds = event.new_tokens, event.decodes, event.context_tokens, event.seconds
+        if not (SHORTEST <= seconds <= LONGEST and 0 <= decodes <= tokens and 0 < tokens <= context <= MOST_TOKENS):
+            return
+        computed, attended = tokens - decodes, 0
+        if computed:
+            # A chunk of c tokens on s, beside decodes on d in all: context is s + d and pairs c s + d, which differ by
+            # (c - 1) s. If pairs are not known, every request is taken to attend to equally many tokens.
+            if computed > 1 and context < event.attended_pairs <= tokens * context:
+                attended = (event.attended_pairs - context) // (computed - 1)
+            else:
+                attended = context // (decodes + 1)
+            attended = min(max(attended, computed), context - decodes)
+        self._new.append(_row(self._start, computed, attended, decodes, context - attended, seconds))
+        self.steps += 1
+        if self.steps >= self._next_fit:
+            self._learn()
+            self._next_fit = self.steps + min(max(self.steps // 2, FIRST_FIT), LONGEST_WAIT)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it predicts, in types that JSON knows, for `from_dict`."""
+        model = self._current
+        if not isinstance(model, PiecewiseCost):
+            model = _model(self.name, self._fit())
+        return {
+            "format": FORMAT,
+            "start": self.origin,
+            "knots": list(model.knots),
+            "base": list(model.base),
+            **model.prices,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FittedCost:
+        """The model that `to_dict` wrote, ready to learn on.
+
+        Raises:
+            InvalidRequest: `to_dict` did not write this; the message names what is wrong.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise InvalidRequest(f"a fitted cost model must be a mapping with format {FORMAT!r}, not {data!r:.80}")
+        wrong = "{} of a fitted cost model must be {}, not {!r:.80}"
+        if not isinstance(data.get("start"), str):
+            raise InvalidRequest(wrong.format("start", "a name", data.get("start")))
+        for key in ("knots", "base"):
+            if not (isinstance(data.get(key), list) and all(map(_is_number, data[key]))):
+                raise InvalidRequest(wrong.format(key, "a list of numbers", data.get(key)))
+        for key in PRICES:
+            if not _is_number(data.get(key)):
+                raise InvalidRequest(wrong.format(key, "a number", data.get(key)))
+        prices = {key: float(data[key]) for key in PRICES}
+        return cls(PiecewiseCost(data["start"], data["knots"], data["base"], **prices))
+
+    def _learn(self) -> None:
+        """Remember the new steps and fit the terms anew."""
+        new = _table(self._new)
+        self._new.clear()
+        prefill = new[:, PREFILL] > 0
+        self._prefills = np.concatenate((self._prefills, new[prefill]))[-KEPT_STEPS:]
+        self._decodes = np.concatenate((self._decodes, new[~prefill]))[-KEPT_STEPS:]
+        self._terms = self._fit()
+        self._current = _model(self.name, self._terms)
+
+    def _fit(self) -> Array:
+        """The terms that suit the remembered steps best: float64 [base terms + prices], none negative."""
+        steps = np.concatenate((self._prefills, self._decodes, self._points))
+        features, seconds, by_start = steps[:, :SECONDS], steps[:, SECONDS], steps[:, START_SECONDS]
+        points = np.full(len(self._points), START_WEIGHT)
+        seen = len(steps) - len(points)
+        speed = float(np.median(seconds[:seen] / by_start[:seen])) if seen else 1.0
+        seconds[seen:] *= speed
+        ages = (AGE_WEIGHTS[KEPT_STEPS - len(kept) :] for kept in (self._prefills, self._decodes))
+        weights = np.concatenate((*ages, points))
+        if self._terms is None:
+            guess, predicted = np.zeros(features.shape[1]), by_start * speed
+        else:
+            guess, predicted = self._terms, features @ self._terms
+        # Errors are relative to the larger of the two times: one far too short weighs no more than one far too long.
+        scale = np.maximum(seconds, predicted)
+        error = np.abs(seconds - predicted) / scale
+        weighted = features * (weights / (scale * scale * np.maximum(error / TOLERANCE, 1.0)))[:, None]
+        return _nonnegative_least_squares(weighted.T @ features, weighted.T @ seconds, guess)
+
+
+def _points(start: CostModel) -> list[tuple[float, ...]]:
+    """Rows for steps of all sizes, as `start` would time them."""
+    rows = [_row(start, 0, 0, decodes, decodes * each) for decodes in (1, 8, 32, 128) for each in (128, 4096)]
+    for decodes in (0, 32):
+        for computed in (16, 128, 512, 2048):
+            for cached in (0, 2048, 32768):
+                rows.append(_row(start, computed, computed + cached, decodes, decodes * 1024))
+    return rows
+
+
+def _row(
+    start: CostModel, computed: int, attended: int, decodes: int, decode_context: int, seconds: float | None = None
+) -> tuple[float, ...]:
+    """A step in numbers: what the prices multiply, its seconds (by default what `start` says), what `start` says."""
+    by_start = start.step_seconds(((computed, attended),) if computed else (), decodes, decode_context)
+    by_start = max(by_start, SHORTEST)
+    pairs = computed * attended
+    return computed, attended, pairs, decodes, decode_context, by_start if seconds is None else seconds, by_start
+
+
+def _table(rows: Sequence[tuple[float, ...]]) -> Array:
+    """The steps with all that their terms multiply: float64 [steps, base terms + prices + 2], none negative."""
+    steps = np.array(rows, dtype=np.float64)
+    tokens = steps[:, 0] + steps[:, 3]
+    ramps = np.maximum((tokens[:, None] - RAMP_STARTS) / RAMP_LENGTHS, 0.0)
+    np.minimum(ramps[:, :-1], 1.0, out=ramps[:, :-1])
+    return np.column_stack((np.ones(len(steps)), ramps, steps[:, 0] > 0, steps))
+
+
+def _model(name: str, terms: Array) -> PiecewiseCost:
+    """The cost model of these terms."""
+    base = np.cumsum(terms[: len(KNOTS)]).tolist()
+    prices = dict(zip(PRICES, terms[len(KNOTS) :].tolist(), strict=True))
+    return PiecewiseCost(name, KNOTS, base, **prices)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _nonnegative_least_squares(gram: Array, moment: Array, guess: Array) -> Array:
+    """The x >= 0 with the least x gram x - 2 x moment, by active sets (Lawson and Hanson), from a guess >= 0."""
+    unit = np.sqrt(np.diagonal(gram))
+    gram = gram / (unit[:, None] * unit) + 1e-9 * np.eye(len(unit))
+    moment = moment / unit
+    x = guess * unit
+    free = x > 0
+    for _ in range(3 * len(x)):
+        while free.any():
+            best = np.zeros_like(x)
+            best[free] = np.linalg.solve(gram[free][:, free], moment[free])
+            below = free & (best <= 0)
+            if not below.any():
+                x = best
+                break
+            # Go there as far as no number turns negative, and hold the first that would at 0.
+            room = np.where(below, x / np.where(below, x - best, 1.0), np.inf)
+            x = np.maximum(x + room.min() * (best - x), 0.0)
+            free &= room > room.min()
+            x[~free] = 0.0
+        gain = np.where(free, 0.0, moment - gram @ x)
+        if gain.max() <= 1e-9:
+            break
+        free[gain.argmax()] = True
+    return x / unit
