@@ -64,7 +64,8 @@ class FittedCost(CostModel):
         self.name = f"fitted (from {self.origin})"
         self.steps = 0
         """Timings learned from; those not believed are not counted."""
-        self._start = self._current = start._current if isinstance(start, FittedCost) else start
+        self._current: CostModel = start._current if isinstance(start, FittedCost) else start
+        self._start = self._current
         self._terms: Array | None = None
         self._next_fit = FIRST_FIT
         self._new: list[tuple[float, ...]] = []
@@ -85,16 +86,18 @@ class FittedCost(CostModel):
         tokens, decodes, context, seconds = event.new_tokens, event.decodes, event.context_tokens, event.seconds
         if not (SHORTEST <= seconds <= LONGEST and 0 <= decodes <= tokens and 0 < tokens <= context <= MOST_TOKENS):
             return
-        computed, attended = tokens - decodes, 0
+        computed, attended, pairs = tokens - decodes, 0, 0
         if computed:
             # A chunk of c tokens on s, beside decodes on d in all: context is s + d and pairs c s + d, which differ by
             # (c - 1) s. If pairs are not known, every request is taken to attend to equally many tokens.
-            if computed > 1 and context < event.attended_pairs <= tokens * context:
+            known = context < event.attended_pairs <= tokens * context
+            if known and decodes and computed > 1:
                 attended = (event.attended_pairs - context) // (computed - 1)
             else:
                 attended = context // (decodes + 1)
             attended = min(max(attended, computed), context - decodes)
-        self._new.append(_row(self._start, computed, attended, decodes, context - attended, seconds))
+            pairs = event.attended_pairs - (context - attended) if known else computed * attended
+        self._new.append(_row(self._start, computed, attended, pairs, decodes, context - attended, seconds))
         self.steps += 1
         if self.steps >= self._next_fit:
             self._learn()
@@ -167,21 +170,27 @@ class FittedCost(CostModel):
 
 def _points(start: CostModel) -> list[tuple[float, ...]]:
     """Rows for steps of all sizes, as `start` would time them."""
-    rows = [_row(start, 0, 0, decodes, decodes * each) for decodes in (1, 8, 32, 128) for each in (128, 4096)]
+    rows = [_row(start, 0, 0, 0, decodes, decodes * each) for decodes in (1, 8, 32, 128) for each in (128, 4096)]
     for decodes in (0, 32):
         for computed in (16, 128, 512, 2048):
             for cached in (0, 2048, 32768):
-                rows.append(_row(start, computed, computed + cached, decodes, decodes * 1024))
+                attended = computed + cached
+                rows.append(_row(start, computed, attended, computed * attended, decodes, decodes * 1024))
     return rows
 
 
 def _row(
-    start: CostModel, computed: int, attended: int, decodes: int, decode_context: int, seconds: float | None = None
+    start: CostModel,
+    computed: int,
+    attended: int,
+    pairs: int,
+    decodes: int,
+    decode_context: int,
+    seconds: float | None = None,
 ) -> tuple[float, ...]:
     """A step in numbers: what the prices multiply, its seconds (by default what `start` says), what `start` says."""
     by_start = start.step_seconds(((computed, attended),) if computed else (), decodes, decode_context)
     by_start = max(by_start, SHORTEST)
-    pairs = computed * attended
     return computed, attended, pairs, decodes, decode_context, by_start if seconds is None else seconds, by_start
 
 
