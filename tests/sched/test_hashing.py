@@ -1,4 +1,4 @@
-"""Page hashes are the definition's, in whichever pieces and with whichever tables they are computed."""
+"""Page hashes are the definition's, in whichever pieces and with whichever table they are computed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def mix(value: int) -> int:
 def by_definition(tokens: list[int], page_size: int, start: int, base: int) -> list[int]:
     total, hashes = base, []
     for offset, token in enumerate(tokens):
-        total = (total + mix(token) * (mix(start + offset) | 1)) & MASK
+        total = (total + (token + 1) * (mix(start + offset) | 1)) & MASK
         if (offset + 1) % page_size == 0:
             hashes.append(total)
     return hashes
@@ -58,6 +58,19 @@ def test_equal_pages_of_different_prefixes_differ() -> None:
     assert len(set(hashes)) == len(hashes) - 1
 
 
+def test_no_two_of_many_prefixes_hash_alike() -> None:
+    """Small tokens, long runs of one token, and prompts that differ in one or two places."""
+    prompts = {(token,) * length for token in range(8) for length in range(1, 40)}
+    prompts |= {tuple(int(digit) for digit in np.binary_repr(number, 12)) for number in range(4096)}
+    base = (5,) * 30
+    for first in range(30):
+        for second in range(first + 1, 30):
+            for change in (1, 2, 1000):
+                prompts.add((*base[:first], 5 + change, *base[first + 1 : second], 5 - 1, *base[second + 1 :]))
+    hashes = {int(page_hashes(np.array(prompt, np.int32), 1)[-1]) for prompt in prompts}
+    assert len(hashes) == len(prompts)
+
+
 def test_namespaces_have_salts_of_their_own() -> None:
     names = ["", *(f"tenant-{n}" for n in range(1000)), "tenant", "🦙", "\udcff"]
     assert len({namespace_salt(name) for name in names}) == len(names)
@@ -65,16 +78,15 @@ def test_namespaces_have_salts_of_their_own() -> None:
     assert namespace_salt("tenant") == 0xAF20B309BD126329, "processes must agree on it"
 
 
-def test_tables_grow_without_changing_a_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_grows_without_changing_a_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = np.arange(0, 60_000, 7, dtype=np.int32)
     before = page_hashes(prompt, 16)
-    monkeypatch.setattr(hashing, "_mixed_tokens", np.empty(0, np.uint64))
     monkeypatch.setattr(hashing, "_position_weights", np.empty(0, np.uint64))
     page_hashes(prompt[:16], 16)
     assert np.array_equal(page_hashes(prompt, 16), before)
 
 
-def test_threads_may_hash_while_the_tables_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_may_hash_while_the_table_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever needs the longer table must get it, whichever assignment comes last."""
     short, long = np.arange(5_000, dtype=np.int32), np.arange(200_000, dtype=np.int32)
     expected = {len(one): page_hashes(one, 16) for one in (short, long)}
@@ -88,7 +100,6 @@ def test_threads_may_hash_while_the_tables_grow(monkeypatch: pytest.MonkeyPatch)
             wrong.append(len(prompt))
 
     for _ in range(10):
-        monkeypatch.setattr(hashing, "_mixed_tokens", np.empty(0, np.uint64))
         monkeypatch.setattr(hashing, "_position_weights", np.empty(0, np.uint64))
         threads = [threading.Thread(target=work, args=(prompt,)) for prompt in (short, long, short, long)]
         for thread in threads:

@@ -9,11 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from preble.sched.cost import CostModel
+    from preble.sched.cost_fit import FittedCost
+    from preble.sched.cost_presets import PRESETS, make_cost
     from preble.sched.events import (
         Admitted,
         Event,
         Evicted,
         Finished,
+        Preempted,
         Progressed,
         ReplicaDown,
         ReplicaUp,
@@ -22,15 +26,19 @@ if TYPE_CHECKING:
     )
     from preble.sched.explanation import Candidate, Explanation
     from preble.sched.placement import Placement, Waiting
-    from preble.sched.policies import POLICIES, Choice, Policy, ReplicaView, RequestView, View
+    from preble.sched.policies import POLICIES, E2, Choice, Policy, ReplicaView, RequestView, Stretch, TrafficView, View
     from preble.sched.scheduler import GlobalScheduler
 
 _HOMES = {
+    "cost": ("CostModel",),
+    "cost_fit": ("FittedCost",),
+    "cost_presets": ("PRESETS", "make_cost"),
     "events": (
         "Admitted",
         "Event",
         "Evicted",
         "Finished",
+        "Preempted",
         "Progressed",
         "ReplicaDown",
         "ReplicaUp",
@@ -39,23 +47,28 @@ _HOMES = {
     ),
     "explanation": ("Candidate", "Explanation"),
     "placement": ("Placement", "Waiting"),
-    "policies": ("POLICIES", "Choice", "Policy", "ReplicaView", "RequestView", "View"),
+    "policies": ("E2", "POLICIES", "Choice", "Policy", "ReplicaView", "RequestView", "Stretch", "TrafficView", "View"),
     "scheduler": ("GlobalScheduler",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "E2",
     "POLICIES",
+    "PRESETS",
     "Admitted",
     "Candidate",
     "Choice",
+    "CostModel",
     "Event",
     "Evicted",
     "Explanation",
     "Finished",
+    "FittedCost",
     "GlobalScheduler",
     "Placement",
     "Policy",
+    "Preempted",
     "Progressed",
     "ReplicaDown",
     "ReplicaUp",
@@ -63,8 +76,11 @@ __all__ = [
     "RequestView",
     "StepTimed",
     "Stored",
+    "Stretch",
+    "TrafficView",
     "View",
     "Waiting",
+    "make_cost",
 ]
 
 

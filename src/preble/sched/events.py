@@ -3,8 +3,8 @@
 Cache events name pages by the 64-bit hash of the whole prefix that ends with the page (`preble.sched.hashing`), so an
 event is as small as the number of pages it speaks of. Each replica numbers its cache events 1, 2, 3, …; the scheduler
 uses the number to tell which of two statements about a page is newer, so cache events may arrive late, twice or out of
-order, also relative to other events. The events of one request (`Admitted`, `Progressed`, `Preempted`, `Finished`) and those of a
-replica's life (`ReplicaDown`, `ReplicaUp`) must arrive in order; a request's may be repeated.
+order, also relative to other events. The events of one request (`Admitted`, `Progressed`, `Preempted`, `Finished`) and
+those of a replica's life (`ReplicaDown`, `ReplicaUp`) must arrive in order; a request's may be repeated.
 """
 
 from __future__ import annotations

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from preble.errors import InvalidRequest
+from preble.sched.cost import CostModel
 from preble.sched.event_order import EventOrder
 from preble.sched.explanation import Candidate
 from preble.sched.invariants import require
 from preble.sched.ledger import Ledger
 from preble.sched.lots import Lots
-from preble.sched.policies.base import NO_COSTS, View
-from preble.sched.prefix_node import PrefixNode
-from preble.sched.prefix_tree import PrefixTree
+from preble.sched.policies.base import NO_COSTS
+from preble.sched.prefix_stats import PrefixStats
+from preble.sched.prefix_tree import Match, PrefixTree
 from preble.sched.request import Request
+from preble.sched.sessions import Sessions
+from preble.sched.traffic import Traffic
+from preble.sched.view import Situation
+
+EXPIRY_GRAIN = 0.001
+"""Load leaves the window in portions of this share of it."""
 
 
 class Fleet:
@@ -21,12 +28,15 @@ class Fleet:
 
     Args:
         page_size: tokens in a page, the same on all replicas.
-        window: seconds for which a prefix is remembered that no replica holds and nobody uses.
+        window: H, seconds for which load counts and prefixes are remembered that no replica holds.
     """
 
     def __init__(self, page_size: int, window: float) -> None:
         self.page_size = page_size
+        self.window = window
         self.tree = PrefixTree(page_size, window)
+        self.sessions = Sessions(window)
+        self.traffic = Traffic()
         self.ledgers: dict[int, Ledger] = {}
         """By number, in ascending order."""
         self.numbers_used = 0
@@ -36,6 +46,8 @@ class Fleet:
         self._eligible_slots: tuple[int, ...] = ()
         self._eligible_mask = 0
         self._placements = 0
+        self._expired = float("-inf")
+        """Load from before this time no longer counts."""
 
     def ledger(self, replica: int) -> Ledger:
         """The books of a replica that must be here."""
@@ -47,20 +59,26 @@ class Fleet:
 
     # Replicas come and go
 
-    def add(self, capacity_tokens: int) -> int:
+    def add(self, *, capacity_tokens: int, max_batched_tokens: int, cost: CostModel) -> int:
         """One more replica, with an empty cache; returns its number."""
         if capacity_tokens < self.page_size:
             raise InvalidRequest(f"capacity_tokens={capacity_tokens} is less than a page of {self.page_size} tokens")
         number = self.numbers_used
         self.numbers_used += 1
-        cache = self.tree.open_cache(capacity_tokens // self.page_size)
-        self.ledgers[number] = Ledger(number, capacity_tokens, self.page_size, cache)
+        self.ledgers[number] = Ledger(
+            number,
+            capacity_tokens=capacity_tokens,
+            page_size=self.page_size,
+            max_batched_tokens=max_batched_tokens,
+            cost=cost,
+            cache=self.tree.open_cache(capacity_tokens // self.page_size, cost.prefill_seconds),
+        )
         self._find_eligible()
         return number
 
-    def remove(self, ledger: Ledger, now: float) -> list[Request]:
+    def remove(self, ledger: Ledger) -> list[Request]:
         """Forget a replica; returns what was in flight there, oldest first."""
-        lost = self._lose(ledger, now)
+        lost = self._lose(ledger)
         self.tree.close_cache(ledger.cache)
         del self.ledgers[ledger.replica]
         self._find_eligible()
@@ -71,9 +89,9 @@ class Fleet:
         ledger.draining = True
         self._find_eligible()
 
-    def down(self, ledger: Ledger, now: float) -> list[Request]:
+    def down(self, ledger: Ledger) -> list[Request]:
         """A replica lost its cache and its requests; returns these, oldest first."""
-        lost = self._lose(ledger, now)
+        lost = self._lose(ledger)
         ledger.up = False
         self._find_eligible()
         return lost
@@ -84,47 +102,105 @@ class Fleet:
         ledger.cache.order = EventOrder(sequence)
         self._find_eligible()
 
+    # Time passes
+
+    def sweep(self, now: float) -> None:
+        """Forget what lies before the window."""
+        self.tree.sweep(now)
+        self.sessions.sweep(now)
+        horizon = now - self.window
+        if horizon >= self._expired + self.window * EXPIRY_GRAIN:
+            self._expired = horizon
+            for ledger in self.ledgers.values():
+                ledger.expire(horizon)
+
     # Requests come and go
 
-    def view(self, request: Request, node: PrefixNode | None, matched: int, now: float, lots: Lots) -> View:
-        """What a policy sees of a request whose prompt was found to end at `node`. Some replica must be eligible."""
-        cached = self.tree.cached(node, matched, self._eligible_mask)
-        return View(request, self.eligible, tuple([cached[slot] for slot in self._eligible_slots]), now, lots)
+    def view(self, request: Request, match: Match, now: float, lots: Lots) -> Situation:
+        """What a policy sees of a request, whose expected output is worked out here. Some replica must be eligible."""
+        cached = self.tree.cached(match, self._eligible_mask)
+        prefix = None
+        if match.node is not None:
+            key = self.tree.key_portion(match.node, match.matched)
+            prefix = None if key is None else key.stats
+        expected: float
+        if request.hint is not None:
+            expected = request.hint
+        elif prefix is not None and prefix.outputs:
+            expected = prefix.mean_output
+        else:
+            expected = self.traffic.mean_output_tokens
+        request.expected_tokens = max(min(expected, request.max_tokens), 1.0)
+        session = None
+        if request.session is not None:
+            last = self.sessions.last((request.namespace, request.session))
+            session = self.eligible.index(last) if last in self.eligible else None
+        return Situation(
+            request,
+            self.eligible,
+            tuple([cached[slot] for slot in self._eligible_slots]),
+            now=now,
+            lots=lots,
+            traffic=self.traffic,
+            session=session,
+            prefix=prefix,
+            match=match,
+            tree=self.tree,
+        )
 
-    def place(
-        self, request: Request, ledger: Ledger, cached_tokens: int, node: PrefixNode | None, matched: int, now: float
-    ) -> None:
-        """Book a request, whose prompt was found to end at `node`, on a replica that has `cached_tokens` of it."""
-        request.node = end = self.tree.use(request.namespace, request.tokens, node, matched, now)
-        if end is not None:
-            request.prediction = self.tree.predict(ledger.cache, end)
-        ledger.place(request, cached_tokens, self._placements)
+    def place(self, request: Request, ledger: Ledger, cached_tokens: int, match: Match, now: float) -> None:
+        """Book a request on a replica that has `cached_tokens` of it."""
+        request.node = self.tree.enter(request.namespace, request.tokens, match, ledger.cache, now)
+        ledger.place(request, cached_tokens, self._placements, now)
+        if request.session is not None:
+            self.sessions.placed((request.namespace, request.session), ledger, now)
         self._placements += 1
 
-    def leave(self, request: Request, now: float) -> None:
-        """A request leaves its replica. Prompt and output stay known for a while, as a conversation may go on."""
+    def admitted(self, request: Request, cached_tokens: int, now: float) -> None:
+        """A replica started on a request."""
         assert request.ledger is not None
-        request.ledger.release(request)
-        tree = self.tree
-        if request.prediction is not None:
-            tree.retract(request.prediction)
-            request.prediction = None
-        end = request.node
-        if end is not None and end.parent is not None:
-            tokens = request.history(end.end)
-            tree.use(request.namespace, tokens, *tree.walk(end, tokens, end.end), now, end.end)
-        else:
-            tokens = request.history()
-            tree.use(request.namespace, tokens, *tree.find(request.namespace, tokens), now)
-        request.node = None
+        request.ledger.admit(request, cached_tokens)
+        if not request.admitted:
+            request.admitted = True
+            stats = self._key_stats(request, now)
+            if stats is not None:
+                stats.waited(now - request.submitted, now, self.window)
 
-    def candidates(
-        self, node: PrefixNode | None, matched: int, costs: Mapping[int, Mapping[str, float]]
-    ) -> tuple[Candidate, ...]:
-        """All replicas as they stand towards a prompt that was found to end at `node`."""
+    def finished(self, request: Request, now: float) -> None:
+        """A request ended on its replica, having done what it came for."""
+        self.traffic.ended(now - request.submitted, request.output_tokens)
+        stats = self._key_stats(request, now)
+        if stats is not None:
+            stats.ended(request.output_tokens)
+        self.leave(request)
+
+    def leave(self, request: Request) -> None:
+        """A request leaves its replica."""
+        ledger = request.ledger
+        assert ledger is not None
+        ledger.release(request)
+        if request.node is not None:
+            self.tree.leave(ledger.cache, request.node)
+            request.node = None
+
+    def _key_stats(self, request: Request, now: float) -> PrefixStats | None:
+        """The books of the key portion of what a request's prompt shares with others within the window."""
+        node = request.node
+        while node is not None and node.uses < 2:
+            node = node.parent  # type: ignore[assignment]  # a tree's nodes are all of one type
+        if node is None or node.parent is None:
+            return None
+        key = self.tree.key_portion(node, node.end)
+        assert key is not None  # at the latest the one that starts at 0
+        if key.stats is None:
+            key.stats = PrefixStats(now)
+        return key.stats
+
+    def candidates(self, match: Match, costs: Mapping[int, Mapping[str, float]]) -> tuple[Candidate, ...]:
+        """All replicas as they stand towards a prompt."""
         everybody = sum(ledger.cache.bit for ledger in self.ledgers.values())
-        cached = self.tree.cached(node, matched, everybody)
-        confirmed = self.tree.cached(node, matched, everybody, confirmed=True)
+        cached = self.tree.cached(match, everybody)
+        confirmed = self.tree.cached(match, everybody, confirmed=True)
         return tuple(
             Candidate(
                 replica=number,
@@ -148,21 +224,21 @@ class Fleet:
         require(self.eligible == eligible, "the eligible replicas are out of date")
         require(self._eligible_slots == tuple(one.cache.slot for one in eligible), "their slots are out of date")
         require(self._eligible_mask == sum(one.cache.bit for one in eligible), "their mask is out of date")
-        caches = {ledger.cache for ledger in self.ledgers.values()}
-        predictions = []
-        for ledger in self.ledgers.values():
-            for request in ledger.requests.values():
-                if request.prediction is not None:
-                    predictions.append(request.prediction)
-                    here = request.prediction.slot == ledger.cache.slot
-                    require(here, f"request {request.request_id!r} is predicted elsewhere")
-        self.tree.check_residency(caches, predictions)
+        everything = [(ledger, request) for ledger in self.ledgers.values() for request in ledger.requests.values()]
+        prompts = [(request.node, ledger.cache.slot) for ledger, request in everything if request.node is not None]
+        for _, request in everything:
+            whole = len(request.tokens) - len(request.tokens) % self.page_size
+            end = 0 if request.node is None else request.node.end
+            require(end == whole, f"request {request.request_id!r}: its prompt is not in the tree")
+        self.tree.check_residency({ledger.cache for ledger in self.ledgers.values()}, prompts)
+        self.sessions.check(list(self.ledgers.values()))
 
-    def _lose(self, ledger: Ledger, now: float) -> list[Request]:
+    def _lose(self, ledger: Ledger) -> list[Request]:
         lost = sorted(ledger.requests.values(), key=lambda request: request.number)
         for request in lost:
-            self.leave(request, now)
+            self.leave(request)
         self.tree.forget(ledger.cache)
+        self.sessions.forget(ledger)
         return lost
 
     def _find_eligible(self) -> None:

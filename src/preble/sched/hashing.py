@@ -1,8 +1,10 @@
 """Page hashes: the 64-bit hash of a whole prefix, at every page boundary, in a few vectorised operations.
 
-The hash of a prefix is the sum over its tokens of `mix(token) * (mix(position) | 1)` modulo 2^64, plus a salt of the
-namespace. A sum can be continued from any boundary, so a cache hashes only what is new. It guards scheduling hints,
-never correctness: engines compare the tokens themselves.
+The hash of a prefix is the sum over its tokens of `(token + 1) * weight(position)` modulo 2^64, with a pseudo-random odd
+weight for every position, plus a salt of the namespace. Two prompts that differ have equal hashes about as often as two
+random numbers; whoever wants a collision can compute one. That is good enough, as a hash guides scheduling hints, never
+correctness: engines compare the tokens themselves. A sum can be continued from any boundary, so a cache hashes only
+what is new.
 """
 
 from __future__ import annotations
@@ -16,9 +18,8 @@ Tokens = NDArray[np.int32]
 Hashes = NDArray[np.uint64]
 
 _MASK = (1 << 64) - 1
-_LARGEST_TABLE = 1 << 20
 _GOLDEN, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_27, _30, _31 = (np.uint64(n) for n in (27, 30, 31))
+_1, _27, _30, _31 = (np.uint64(n) for n in (1, 27, 30, 31))
 
 
 def _mix(values: Hashes) -> Hashes:
@@ -32,23 +33,8 @@ def _mix(values: Hashes) -> Hashes:
     return values
 
 
-# Looking `mix` up is several times faster than computing it. Both tables only ever grow, by replacement: engines hash
-# in threads of their own, so a function keeps using the array it read.
-_mixed_tokens: Hashes = np.empty(0, np.uint64)
+# Only ever grows, by replacement: engines hash in threads of their own, so a function keeps using the array it read.
 _position_weights: Hashes = np.empty(0, np.uint64)
-
-
-def _mix_tokens(tokens: Tokens) -> Hashes:
-    global _mixed_tokens
-    try:
-        mixed: Hashes = _mixed_tokens.take(tokens)
-    except IndexError:
-        largest = int(tokens.max())
-        if largest >= _LARGEST_TABLE:
-            return _mix(tokens.astype(np.uint64))
-        _mixed_tokens = table = _mix(np.arange(max(1 << largest.bit_length(), 1 << 15), dtype=np.uint64))
-        mixed = table.take(tokens)
-    return mixed
 
 
 def _weights(start: int, stop: int) -> Hashes:
@@ -56,7 +42,7 @@ def _weights(start: int, stop: int) -> Hashes:
     weights = _position_weights
     if len(weights) < stop:
         size = max(stop, 2 * len(weights), 4096)
-        _position_weights = weights = _mix(np.arange(size, dtype=np.uint64)) | np.uint64(1)
+        _position_weights = weights = _mix(np.arange(size, dtype=np.uint64)) | _1
     return weights[start:stop]
 
 
@@ -82,10 +68,11 @@ def page_hashes(tokens: Tokens, page_size: int, *, start: int = 0, base: int = 0
     count = len(tokens) - len(tokens) % page_size
     if count == 0:
         return np.empty(0, np.uint64)
-    terms = _mix_tokens(tokens[:count])
+    terms: Hashes = tokens[:count].astype(np.uint64)
+    terms += _1  # or runs of token 0 would all hash alike
     terms *= _weights(start, start + count)
-    hashes: Hashes = terms.cumsum()[page_size - 1 :: page_size] + np.uint64(base & _MASK)
-    return hashes
+    terms[:1] += np.uint64(base & _MASK)
+    return terms.cumsum()[page_size - 1 :: page_size].copy()
 
 
 def in_common(some: Hashes, others: Hashes) -> int:

@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
-from preble.sched.hashing import Hashes, Tokens, in_common
+import numpy as np
+
+from preble.sched.hashing import Hashes, Tokens, namespace_salt, page_hashes
 from preble.sched.invariants import require
-from preble.sched.prefix_node import Prediction, PrefixNode
+from preble.sched.page_index import PageIndex
+from preble.sched.prefix_node import PrefixNode
 from preble.sched.radix import RadixTree
 from preble.sched.replica_cache import ReplicaCache
 
 MOST_SWEPT = 64
-"""How many outdated nodes one operation looks at, so that none takes long after a pause in traffic."""
+"""How many outdated uses one operation forgets, so that none takes long after a pause in traffic."""
+
+_NO_HASHES: Hashes = np.empty(0, np.uint64)
+
+
+class Match(NamedTuple):
+    """What the tree knows of a prompt. Good until the tree changes."""
+
+    node: PrefixNode | None
+    """The deepest node reached; `None` in a namespace without any."""
+    matched: int
+    """Tokens of the prompt in the tree, whole pages; may end inside the node's edge."""
+    tail: Hashes
+    """Hashes of the prompt's whole pages behind that."""
+    stored: tuple[int, ...]
+    """For the first of these, as far as any replica holds them: the mask of the slots that do. These pages were
+    generated, so the tree has not seen their tokens in a prompt yet."""
 
 
 class PrefixTree(RadixTree[PrefixNode]):
-    """Prefixes of all namespaces with their residency.
+    """Prompts of all namespaces with their residency.
 
-    *Resident* is what a replica's `Stored` and `Evicted` events say, page by page. *Predicted* is what it will hold
-    because a request was placed there: from the placement until all of the prompt's pages are resident, or the request
-    ends. Where events arrive out of order a replica may for a while hold a page without the one before it; what
-    counts as cached is the run of pages from the first one on.
+    *Resident* is what a replica's `Stored` and `Evicted` events say, page by page. A prompt *pins* its path on the
+    replica that it was placed on until the request ends: what of it is not resident there soon will be. Where events
+    arrive out of order a replica may for a while hold a page without the one before it; what counts as cached is the
+    run of pages from the first one on.
 
-    The tree is bounded: a page stays as long as some replica holds it or one behind it, resident or predicted, or
-    somebody used it within the last `window` seconds. What is outdated is found at the front of a queue in order of
-    use, a bounded number of nodes per `sweep`.
+    Output is not in the tree: its pages are known by their hashes alone, until a prompt contains them.
+
+    The tree is bounded: a page stays as long as some replica holds it or one behind it, or a prompt in flight or one
+    placed within the last `window` seconds contains it. Uses older than that are forgotten in order, a bounded number
+    of them per `sweep`.
 
     Args:
         page_size: tokens in a page.
-        window: seconds for which an unheld prefix is remembered.
+        window: seconds for which an unheld prefix is remembered: H in the paper.
     """
 
     def __init__(self, page_size: int, window: float) -> None:
@@ -37,14 +59,14 @@ class PrefixTree(RadixTree[PrefixNode]):
         self.window = window
         self.pages = 0
         """Pages in the tree."""
-        self._index: dict[int, PrefixNode] = {}
+        self._index = PageIndex()
         self._caches: dict[int, ReplicaCache] = {}
         self._width = 0
         """Slots in use lie below this."""
-        self._unknown: dict[int, int] = {}
-        self._in_use: OrderedDict[PrefixNode, None] = OrderedDict()
+        self._uses: deque[tuple[float, PrefixNode]] = deque()
+        """When a prompt was placed and where it ends, oldest first."""
         self._swept = float("-inf")
-        """Nothing that was last used before this time is left in the queue."""
+        """No use before this time is remembered."""
 
     # Prompts
 
@@ -53,97 +75,166 @@ class PrefixTree(RadixTree[PrefixNode]):
         root.namespace = namespace
         return root
 
-    def find(self, namespace: str, tokens: Tokens) -> tuple[PrefixNode | None, int]:
-        """The longest known prefix as `match` gives it, without making a root; (`None`, 0) where there is none."""
+    def find(self, namespace: str, tokens: Tokens) -> Match:
+        """What is known of a prompt. Changes nothing."""
         root = self.roots.get(namespace)
-        return (None, 0) if root is None else self.walk(root, tokens)
+        if root is None:
+            node, matched, base = None, 0, namespace_salt(namespace)
+        else:
+            node, matched = self.walk(root, tokens)
+            base = int(node.hashes[-1 if matched == node.end else (matched - node.start) // self.page_size - 1])
+        if len(tokens) - matched < self.page_size:
+            return Match(node, matched, _NO_HASHES, ())
+        tail = page_hashes(tokens[matched:], self.page_size, start=matched, base=base)
+        return Match(node, matched, tail, self._index.holders(tail))
 
-    def use(
-        self, namespace: str, tokens: Tokens, found: PrefixNode | None, matched: int, now: float, offset: int = 0
-    ) -> PrefixNode | None:
-        """A request uses this prompt: put what is new of it into the tree, where `find` (or `walk`) ended. `tokens` is
-        the prompt from position `offset` on.
+    def enter(self, namespace: str, tokens: Tokens, match: Match, cache: ReplicaCache, now: float) -> PrefixNode | None:
+        """A prompt is placed on a replica: put it into the tree where `find` ended, count the use, pin its path.
 
         Returns:
-            The node with which the prompt's whole pages end, `None` if it has none. When a node leaves the tree it has
-            no parent any more.
+            The node with which the prompt's whole pages end, for `leave`; `None` if it has none.
         """
-        length = offset + len(tokens)
-        if length < self.page_size:
+        if len(tokens) < self.page_size:
             return None
-        node = self.root(namespace) if found is None else found
-        if matched < node.end:
+        node, matched = match.node, match.matched
+        if node is None:
+            node = self.root(namespace)
+        elif matched < node.end:
             node = self.split(node, matched)
-        if length - matched >= self.page_size:
-            node = self.extend(node, tokens, offset)
-            names = node.hashes.tolist()
+        if len(match.tail):
+            node = self.extend(node, tokens, hashes=match.tail)
+            names = match.tail.tolist()
             self.pages += len(names)
-            self._index.update(dict.fromkeys(names, node))
-            if not self._unknown.keys().isdisjoint(names):
-                self._recognise(node, names)
-        in_use = self._in_use
-        for one in self.path(node):
-            one.last_used = now
-            in_use[one] = None
-            in_use.move_to_end(one)
+            for page, holders in self._index.adopt(names):
+                while holders:
+                    holder = self._caches[(holders & -holders).bit_length() - 1]
+                    holders &= holders - 1
+                    del holder.unknown[names[page]]
+                    self._add(holder, node, 1 << page)
+            self._index.insert(node, names)
+        self._uses.append((now, node))
+        slot = cache.slot
+        one = node
+        while one.parent is not None:
+            one.uses += 1
+            pins = one.pins
+            if slot in pins:
+                pins[slot] += 1
+            else:
+                pins[slot] = 1
+                one.cover |= cache.bit
+                cache.pinned_pages += len(one.hashes)
+                bits = one.resident.get(slot)
+                if bits is not None:
+                    cache.idle_pages -= bits.bit_count()
+            one = one.parent  # type: ignore[assignment]  # a tree's nodes are all of one type
         return node
+
+    def leave(self, cache: ReplicaCache, node: PrefixNode) -> None:
+        """A prompt that ends with `node` is no longer in flight on the replica."""
+        slot = cache.slot
+        one = node
+        while one.parent is not None:
+            pins = one.pins
+            bits = one.resident.get(slot)
+            if pins[slot] > 1:
+                pins[slot] -= 1
+            else:
+                del pins[slot]
+                cache.pinned_pages -= len(one.hashes)
+                if bits is not None:
+                    cache.idle_pages += bits.bit_count()
+                if not one.full & cache.bit:
+                    one.cover &= ~cache.bit
+            if bits is not None:
+                cache.nodes.move_to_end(one)
+            one = one.parent  # type: ignore[assignment]  # as above
+        cache.changed()
+        if not node.uses:
+            self._prune(node)
 
     def path(self, node: PrefixNode) -> Iterator[PrefixNode]:
         """From `node` upwards, without the root."""
         parent = node.parent
         while parent is not None:
             yield node
-            node = parent  # type: ignore[assignment]  # a tree's nodes are all of one type
+            node = parent  # type: ignore[assignment]  # as above
             parent = node.parent
 
+    def key_portion(self, node: PrefixNode, stop: int) -> PrefixNode | None:
+        """The deepest node, up to `node`, whose own tokens outnumber all tokens before it; `None` without any. Of
+        `node` itself the tokens up to position `stop` count. (Preble, section 2: it decides where a prompt belongs.)"""
+        parent = node.parent
+        while parent is not None:
+            start = node.start
+            if min(stop, node.end) - start > start:
+                return node
+            node = parent  # type: ignore[assignment]  # as above
+            parent = node.parent
+        return None
+
     def sweep(self, now: float) -> None:
-        """Drop what nobody holds and nobody used within the window, a bounded part of it."""
-        in_use = self._in_use
+        """Forget uses from before the window, a bounded number of them, and what nobody holds any more."""
+        uses = self._uses
         outdated = now - self.window
         for _ in range(MOST_SWEPT):
-            node = next(iter(in_use), None)
-            if node is None or node.last_used >= outdated:
+            if not uses or uses[0][0] >= outdated:
                 self._swept = outdated
                 return
-            del in_use[node]
-            self._prune(node)
+            node = end = uses.popleft()[1]
+            while node.parent is not None:
+                node.uses -= 1
+                node = node.parent  # type: ignore[assignment]  # as above
+            if not end.uses:
+                self._prune(end)
 
     # Residency
 
-    def cached(self, node: PrefixNode | None, matched: int, mask: int, *, confirmed: bool = False) -> list[int]:
-        """How much of a prompt the replicas in `mask` have, given what `find` returned for it.
+    def cached(self, match: Match, mask: int, *, confirmed: bool = False) -> list[int]:
+        """How much of a prompt the replicas in `mask` have.
 
         Returns:
             Tokens by slot, whole pages. With `confirmed` only what is resident counts.
         """
         found = [0] * self._width
-        if node is None:
-            return found
-        for one in reversed(list(self.path(node))):
-            cover = one.full if confirmed else one.cover
-            lost = mask & ~cover
-            if lost:
-                start = one.start
-                while start and lost:
-                    found[(lost & -lost).bit_length() - 1] = start
-                    lost &= lost - 1
+        node, matched = match.node, match.matched
+        if node is not None:
+            path = []
+            while node.parent is not None:
+                path.append(node)
+                node = node.parent  # type: ignore[assignment]  # as above
+            for one in reversed(path):
+                cover = one.full if confirmed else one.cover
                 lost = mask & ~cover
-                for slot, bits in one.resident.items():
-                    if lost >> slot & 1:
-                        leading = (~bits & (bits + 1)).bit_length() - 1
-                        found[slot] = min(start + leading * self.page_size, matched)
-            mask &= cover
-            if not mask:
-                return found
+                if lost:
+                    start = one.start
+                    while start and lost:
+                        found[(lost & -lost).bit_length() - 1] = start
+                        lost &= lost - 1
+                    lost = mask & ~cover
+                    for slot, bits in one.resident.items():
+                        if lost >> slot & 1:
+                            leading = (~bits & (bits + 1)).bit_length() - 1
+                            found[slot] = min(start + leading * self.page_size, matched)
+                mask &= cover
+                if not mask:
+                    return found
+        for holders in match.stored:
+            lost = mask & ~holders
+            while lost:
+                found[(lost & -lost).bit_length() - 1] = matched
+                lost &= lost - 1
+            mask &= holders
+            matched += self.page_size
         while mask:
             found[(mask & -mask).bit_length() - 1] = matched
             mask &= mask - 1
         return found
 
-    def open_cache(self, capacity_pages: int) -> ReplicaCache:
-        """A cache for one more replica, empty."""
+    def open_cache(self, capacity_pages: int, seconds: Callable[[int, int], float]) -> ReplicaCache:
+        """A cache for one more replica, empty. `seconds` prices its pages (`ReplicaCache`)."""
         slot = next(slot for slot in range(len(self._caches) + 1) if slot not in self._caches)
-        cache = self._caches[slot] = ReplicaCache(slot, capacity_pages)
+        cache = self._caches[slot] = ReplicaCache(slot, capacity_pages, self.page_size, seconds)
         self._width = max(self._width, slot + 1)
         return cache
 
@@ -154,20 +245,23 @@ class PrefixTree(RadixTree[PrefixNode]):
 
     def store(self, cache: ReplicaCache, hashes: Hashes) -> None:
         """These pages are in the replica's cache."""
-        for node, bits in self._runs(cache, hashes, self._remember):
+        for node, bits in self._index.runs(cache, hashes, self._index.remember):
             self._add(cache, node, bits)
+        cache.changed()
 
     def evict(self, cache: ReplicaCache, hashes: Hashes) -> None:
         """These pages are no longer in the replica's cache."""
-        for node, bits in self._runs(cache, hashes, self._disown):
+        for node, bits in self._index.runs(cache, hashes, self._index.disown):
             self._discard(cache, node, bits)
+        cache.changed(evicted=len(hashes))
 
     def forget(self, cache: ReplicaCache) -> None:
         """The replica's cache is empty. Costs what it held."""
         for name in list(cache.unknown):
-            self._disown(cache, name)
+            self._index.disown(cache, name)
         for node in list(cache.nodes):
             self._discard(cache, node, node.resident[cache.slot])
+        cache.changed(evicted=cache.capacity_pages)
 
     def resident(self, cache: ReplicaCache) -> frozenset[int]:
         """The hashes of all pages in the replica's cache."""
@@ -177,30 +271,12 @@ class PrefixTree(RadixTree[PrefixNode]):
             names.update(name for page, name in enumerate(node.hashes.tolist()) if bits >> page & 1)
         return frozenset(names)
 
-    def predict(self, cache: ReplicaCache, node: PrefixNode) -> Prediction | None:
-        """The replica will soon hold the prefix that ends with `node`; `None` where it does already."""
-        prediction = node.ends.get(cache.slot)
-        if prediction is not None:
-            prediction.requests += 1
-            return prediction
-        if node.full & cache.bit and self._is_resident(cache, node):
-            return None
-        prediction = node.ends[cache.slot] = Prediction(node, cache.slot)
-        for one in self.path(node):
-            one.predicted[cache.slot] = one.predicted.get(cache.slot, 0) + 1
-            one.cover |= cache.bit
-        return prediction
-
-    def retract(self, prediction: Prediction) -> None:
-        """One of the prediction's requests has ended. Call `use` with its tokens right after: nobody may hold them now,
-        and only what was used is looked at again."""
-        prediction.requests -= 1
-        if prediction.requests == 0 and prediction.node.ends.get(prediction.slot) is prediction:
-            self._withdraw(prediction)
-
     def _split_payload(self, upper: PrefixNode, lower: PrefixNode, pages: int) -> None:
-        self._index.update(dict.fromkeys(upper.hashes.tolist(), upper))
-        upper.predicted = lower.predicted.copy()
+        self._index.insert(upper, upper.hashes.tolist())
+        upper.pins = lower.pins.copy()
+        upper.uses = lower.uses
+        if lower.stats is not None and upper.end - upper.start > upper.start:
+            upper.stats, lower.stats = lower.stats, None
         below = (1 << pages) - 1
         for slot, bits in list(lower.resident.items()):
             cache = self._caches[slot]
@@ -214,116 +290,40 @@ class PrefixTree(RadixTree[PrefixNode]):
         upper.recount()
         lower.recount()
 
-    def _runs(
-        self, cache: ReplicaCache, hashes: Hashes, strange: Callable[[ReplicaCache, int], None]
-    ) -> Iterator[tuple[PrefixNode, int]]:
-        """The pages as runs: a node and the bits of its pages. The unknown ones are given to `strange`."""
-        names = hashes.tolist()
-        at = 0
-        while at < len(names):
-            node = self._index.get(names[at])
-            if node is None:
-                strange(cache, names[at])
-                at += 1
-                continue
-            edge = node.hashes
-            first = int((edge == hashes[at]).argmax())
-            at += 1
-            more = in_common(edge[first + 1 :], hashes[at:])
-            last = first + 1 + more
-            if not more:
-                more = in_common(edge[:first][::-1], hashes[at:])
-                first -= more
-            at += more
-            yield node, (1 << last) - (1 << first)
-
     def _add(self, cache: ReplicaCache, node: PrefixNode, bits: int) -> None:
         old = node.resident.get(cache.slot, 0)
         new = old | bits
         node.resident[cache.slot] = new
         cache.nodes[node] = None
-        cache.pages += new.bit_count() - old.bit_count()
+        more = new.bit_count() - old.bit_count()
+        cache.pages += more
+        if cache.slot not in node.pins:
+            cache.idle_pages += more
         if new == (1 << len(node.hashes)) - 1:
             node.full |= cache.bit
             node.cover |= cache.bit
-            if cache.slot in node.predicted:
-                self._confirm(cache, node)
 
     def _discard(self, cache: ReplicaCache, node: PrefixNode, bits: int) -> None:
         old = node.resident.get(cache.slot, 0)
         new = old & ~bits
         if new == old:
             return
-        cache.pages -= old.bit_count() - new.bit_count()
+        fewer = old.bit_count() - new.bit_count()
+        cache.pages -= fewer
+        if cache.slot not in node.pins:
+            cache.idle_pages -= fewer
+            node.cover &= ~cache.bit
+        node.full &= ~cache.bit
         if new:
             node.resident[cache.slot] = new
         else:
             del node.resident[cache.slot], cache.nodes[node]
-        node.full &= ~cache.bit
-        if cache.slot not in node.predicted:
-            node.cover &= ~cache.bit
-        if node not in self._in_use:
+        if not node.uses:
             self._prune(node)
 
-    def _remember(self, cache: ReplicaCache, name: int) -> None:
-        """A page of a prefix that the tree will know later, when the tokens generated since are told."""
-        cache.unknown[name] = None
-        self._unknown[name] = self._unknown.get(name, 0) | cache.bit
-        if len(cache.unknown) > cache.capacity_pages:
-            self._disown(cache, next(iter(cache.unknown)))
-
-    def _disown(self, cache: ReplicaCache, name: int) -> None:
-        if name in cache.unknown:
-            del cache.unknown[name]
-            others = self._unknown[name] & ~cache.bit
-            if others:
-                self._unknown[name] = others
-            else:
-                del self._unknown[name]
-
-    def _recognise(self, node: PrefixNode, names: list[int]) -> None:
-        """Pages of a new node that replicas were known to hold before their tokens were."""
-        for page, name in enumerate(names):
-            mask = self._unknown.pop(name, 0)
-            while mask:
-                cache = self._caches[(mask & -mask).bit_length() - 1]
-                mask &= mask - 1
-                del cache.unknown[name]
-                self._add(cache, node, 1 << page)
-
-    def _is_resident(self, cache: ReplicaCache, node: PrefixNode) -> bool:
-        return all(one.full & cache.bit for one in self.path(node))
-
-    def _confirm(self, cache: ReplicaCache, node: PrefixNode) -> None:
-        """The node's pages are all there now: predictions that waited for the last of them have come true."""
-        if not self._is_resident(cache, node):
-            return
-        come_true = [node]
-        while come_true:
-            one = come_true.pop()
-            for child in one.children.values():
-                assert isinstance(child, PrefixNode)
-                if child.full & cache.bit and cache.slot in child.predicted:
-                    come_true.append(child)
-            prediction = one.ends.get(cache.slot)
-            if prediction is not None:
-                self._withdraw(prediction)
-
-    def _withdraw(self, prediction: Prediction) -> None:
-        slot = prediction.slot
-        del prediction.node.ends[slot]
-        for one in self.path(prediction.node):
-            count = one.predicted[slot] - 1
-            if count:
-                one.predicted[slot] = count
-            else:
-                del one.predicted[slot]
-                if not one.full >> slot & 1:
-                    one.cover &= ~(1 << slot)
-
     def _prune(self, node: PrefixNode) -> None:
-        """Cut back what nobody holds, from an outdated node upwards."""
-        while node.parent is not None and not node.children and not node.predicted and node not in self._in_use:
+        """Cut back what nobody holds, from a node without recent uses upwards."""
+        while node.parent is not None and not (node.children or node.uses or node.pins):
             held = node.pages_held
             if held:
                 if held < len(node.hashes):
@@ -331,7 +331,7 @@ class PrefixTree(RadixTree[PrefixNode]):
                 return
             parent = node.parent
             self.pages -= len(node.hashes)
-            self._unindex(node, 0)
+            self._index.remove(node.hashes.tolist())
             self.remove(node)
             node = parent  # type: ignore[assignment]  # as in `path`
         if node.parent is None and not node.children:
@@ -339,60 +339,57 @@ class PrefixTree(RadixTree[PrefixNode]):
 
     def _truncate(self, node: PrefixNode, pages: int) -> None:
         self.pages -= len(node.hashes) - pages
-        self._unindex(node, pages)
+        self._index.remove(node.hashes[pages:].tolist())
         node.tokens = node.tokens[: pages * self.page_size].copy()
         node.hashes = node.hashes[:pages].copy()
         node.end = node.start + len(node.tokens)
         node.recount()
 
-    def _unindex(self, node: PrefixNode, start: int) -> None:
-        for name in node.hashes[start:].tolist():
-            self._index.pop(name, None)
-
-    def check_residency(self, caches: Iterable[ReplicaCache], predictions: Iterable[Prediction]) -> None:
+    def check_residency(self, caches: Iterable[ReplicaCache], prompts: Iterable[tuple[PrefixNode, int]]) -> None:
         """Prove the structure, the residency and the bound from scratch.
 
         Args:
             caches: those of all replicas.
-            predictions: those of all requests on replicas, each as often as requests refer to it.
+            prompts: of each prompt in flight, where it ends and the slot it is on.
         """
         self.check()
         slots = {cache.slot: cache for cache in caches}
         require(slots == self._caches, "a removed replica left a trace")
-        references = Counter(predictions)
+        pins: dict[PrefixNode, Counter[int]] = {}
+        for end, slot in prompts:
+            for node in self.path(end):
+                pins.setdefault(node, Counter())[slot] += 1
+        uses = Counter(node for _, end in self._uses for node in self.path(end))
         holding: dict[int, set[PrefixNode]] = {slot: set() for slot in slots}
+        pinned = dict.fromkeys(slots, 0)
+        idle = dict.fromkeys(slots, 0)
         for node in self.nodes():
             where = f"prefix node {node.start}:{node.end}"
-            require(all(self._index.get(name) is node for name in node.hashes.tolist()), f"{where} is not indexed")
             possible = all(0 < bits < 1 << len(node.hashes) for bits in node.resident.values())
             require(possible, f"{where} holds impossible pages")
-            for slot in node.resident:
+            require(node.pins == pins.pop(node, {}), f"{where} has wrong pins")
+            require(node.uses == uses.pop(node, 0), f"{where} counts {node.uses} uses")
+            for slot, bits in node.resident.items():
                 holding[slot].add(node)
-            counts = Counter(node.ends.keys())
-            for child in node.children.values():
-                counts.update(child.predicted)  # type: ignore[attr-defined]  # a tree's nodes are all of one type
-            require(counts == node.predicted, f"{where} has wrong predictions")
-            for slot, prediction in node.ends.items():
-                require((prediction.node, prediction.slot) == (node, slot), f"{where} has another's prediction")
-                require(prediction.requests == references[prediction] > 0, f"{where} has a prediction of nobody")
+                idle[slot] += 0 if slot in node.pins else bits.bit_count()
+            for slot in node.pins:
+                pinned[slot] += len(node.hashes)
             masks = (node.full, node.cover)
             node.recount()
             require(masks == (node.full, node.cover), f"{where} has wrong masks")
-            kept = node.children or node.predicted or node.pages_held == len(node.hashes) or node in self._in_use
+            kept = node.children or node.pins or node.uses or node.pages_held == len(node.hashes)
             require(bool(kept), f"{where} should have been cut back")
+        require(not pins and not uses, "a node in use was removed")
         pages = sum(len(node.hashes) for node in self.nodes())
-        require(pages == self.pages == len(self._index), "the tree's pages are miscounted")
+        require(pages == self.pages, "the tree's pages are miscounted")
+        self._index.check(self.nodes(), slots.values())
         require(all(root.children for root in self.roots.values()), "an empty namespace is still known")
-        unknown: Counter[int] = Counter()
         for slot, cache in slots.items():
             require(cache.nodes.keys() == holding[slot], f"slot {slot} forgot where it holds pages")
             held = sum(node.resident[slot].bit_count() for node in cache.nodes)
             require(held == cache.pages, f"slot {slot} counts {cache.pages} pages and has {held}")
-            require(len(cache.unknown) <= cache.capacity_pages, f"slot {slot} remembers too many unknown pages")
-            require(not cache.unknown.keys() & self._index.keys(), f"slot {slot} did not recognise a page")
-            unknown.update(dict.fromkeys(cache.unknown, cache.bit))
-        require(unknown == self._unknown, "unknown pages and their replicas do not match")
-        last_used = [node.last_used for node in self._in_use]
-        require(last_used == sorted(last_used), "the queue is not in order of use")
-        require(all(node.parent is not None for node in self._in_use), "a removed node is still queued")
-        require(not last_used or last_used[0] >= self._swept, "an outdated node was left in the queue")
+            require(cache.idle_pages == idle[slot], f"slot {slot} counts {cache.idle_pages} idle pages")
+            require(cache.pinned_pages == pinned[slot], f"slot {slot} counts {cache.pinned_pages} pinned pages")
+        times = [time for time, _ in self._uses]
+        require(times == sorted(times), "uses are not in order")
+        require(not times or times[0] >= self._swept, "an outdated use is remembered")

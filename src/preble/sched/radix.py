@@ -15,6 +15,9 @@ import numpy as np
 from preble.sched.hashing import Hashes, Tokens, namespace_salt, page_hashes
 from preble.sched.invariants import require
 
+LONG = 4096
+"""Tokens in an edge from which arrays are compared rather than bytes."""
+
 
 class Node:
     """A run of whole pages below a parent. `start` and `end` are token positions in the prompt."""
@@ -57,33 +60,29 @@ class RadixTree(Generic[N]):
             root = self.roots[namespace] = self._node_type(np.empty(0, np.int32), salt, None, 0)
         return root
 
-    def walk(self, node: N, tokens: Tokens, offset: int = 0) -> tuple[N, int]:
-        """Follow a prompt downwards from `node`.
-
-        Args:
-            node: the prompt is known to match up to its end.
-            tokens: the prompt from position `offset` on.
-            offset: at most `node.end`.
+    def walk(self, node: N, tokens: Tokens) -> tuple[N, int]:
+        """Follow a prompt downwards from `node`, up to whose end it is known to match.
 
         Returns:
             The deepest node reached and the length of the match from position 0, in tokens, whole pages. The match may
             end inside that node's edge (`match < node.end`).
         """
         page = self.page_size
-        limit = offset + len(tokens)
-        limit -= limit % page
+        limit = len(tokens) - len(tokens) % page
         matched = node.end
         while matched < limit:
-            at = matched - offset
-            child = node.children.get(tokens[at : at + page].tobytes())
+            child = node.children.get(tokens[matched : matched + page].tobytes())
             if child is None:
                 break
             node = child  # type: ignore[assignment]  # children have their parent's type
             stop = min(node.end, limit)
-            run, edge = tokens[at : stop - offset], node.tokens[: stop - matched]
-            if run.tobytes() != edge.tobytes():  # for the usual length faster than comparing the arrays
-                first = int((run != edge).argmax())
-                return node, matched + first - first % page
+            run, edge = tokens[matched:stop], node.tokens[: stop - matched]
+            # Comparing bytes is faster than comparing arrays, up to a length.
+            if len(run) > LONG or run.tobytes() != edge.tobytes():
+                differs = run != edge
+                first = int(differs.argmax())
+                if differs[first]:
+                    return node, matched + first - first % page
             if stop < node.end:
                 return node, stop
             matched = stop
@@ -114,12 +113,13 @@ class RadixTree(Generic[N]):
         self._split_payload(upper, node, pages)
         return upper
 
-    def extend(self, node: N, tokens: Tokens, offset: int = 0) -> N:
+    def extend(self, node: N, tokens: Tokens, hashes: Hashes | None = None) -> N:
         """Put the whole pages of a prompt behind `node.end` below `node` as one new leaf, copied; returns the leaf.
-        `tokens` is the prompt from position `offset` on."""
-        stop = offset + len(tokens)
-        run = tokens[node.end - offset : stop - stop % self.page_size - offset].copy()
-        hashes = page_hashes(run, self.page_size, start=node.end, base=int(node.hashes[-1]))
+        `hashes` are those pages' where the caller has them already."""
+        stop = len(tokens)
+        run = tokens[node.end : stop - stop % self.page_size].copy()
+        if hashes is None:
+            hashes = page_hashes(run, self.page_size, start=node.end, base=int(node.hashes[-1]))
         leaf = self._node_type(run, hashes, node, node.end)
         node.children[self._key(leaf)] = leaf
         return leaf

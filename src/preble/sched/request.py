@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from preble.sched.hashing import Tokens
 
 if TYPE_CHECKING:
-    from preble.sched.ledger import Ledger
-    from preble.sched.prefix_node import Prediction, PrefixNode
+    from preble.sched.ledger import Ledger, Share
+    from preble.sched.prefix_node import PrefixNode
 
 
 class Request:
@@ -24,22 +22,33 @@ class Request:
         namespace: prefixes are shared only within one.
         priority: higher is served first.
         deadline: seconds on the caller's clock; among equals of priority the earliest is served first.
+        session: whom it belongs to; unique within the namespace.
+        hint: how many tokens the caller expects it to generate.
         number: order of submission.
+        submitted: when.
     """
 
     __slots__ = (
+        "admitted",
         "decoding",
+        "expected_tokens",
+        "hint",
         "ledger",
         "max_tokens",
         "namespace",
         "node",
         "number",
-        "output",
-        "prediction",
+        "output_tokens",
+        "pages",
+        "prefill_seconds",
         "prefill_tokens",
         "priority",
+        "private_pages",
         "queued",
         "request_id",
+        "session",
+        "share",
+        "submitted",
         "tokens",
         "urgency",
     )
@@ -53,27 +62,44 @@ class Request:
         namespace: str,
         priority: int,
         deadline: float | None,
+        session: str | None,
+        hint: int | None,
         number: int,
+        submitted: float,
     ) -> None:
         self.request_id = request_id
         self.tokens = tokens
         self.max_tokens = max_tokens
         self.namespace = namespace
         self.priority = priority
+        self.session = session
+        self.hint = hint
         self.number = number
+        self.submitted = submitted
         self.urgency = (-priority, math.inf if deadline is None else deadline, number)
         """Waiting requests are served in this order, smallest first: priority, then deadline, then age."""
-        self.output: list[int] = []
+        self.expected_tokens = 0.0
+        """How many it will probably generate, as of its latest placement."""
+        self.output_tokens = 0
         """Tokens generated so far, on any replica."""
+        self.admitted = False
+        """Some replica started on it."""
         self.ledger: Ledger | None = None
         self.node: PrefixNode | None = None
-        """Where the prompt's whole pages end in the tree, as of its placement."""
-        self.prediction: Prediction | None = None
+        """Where the prompt's whole pages end in the tree, while it is on a replica."""
+        self.share: Share | None = None
+        """Its part in the replica's load of the window."""
         self.queued = False
         """On a replica, and not admitted there yet."""
         self.decoding = False
         self.prefill_tokens = 0
         """Tokens that the replica has yet to compute before it decodes."""
+        self.prefill_seconds = 0.0
+        """What that costs."""
+        self.pages = 0
+        """Pages it will hold at its end, as expected."""
+        self.private_pages = 0
+        """… of which these are not whole pages of its prompt."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -81,17 +107,11 @@ class Request:
         return len(self.tokens)
 
     @property
+    def known_tokens(self) -> int:
+        """Prompt and output so far."""
+        return len(self.tokens) + self.output_tokens
+
+    @property
     def deadline(self) -> float:
         """Seconds on the caller's clock, infinity without one."""
         return self.urgency[1]
-
-    def history(self, start: int = 0) -> Tokens:
-        """int32 [n]: prompt and output, from a position of the prompt on."""
-        return np.concatenate((self.tokens[start:], np.array(self.output, np.int32)))
-
-    def generated(self, tokens: tuple[int, ...], stop: int) -> None:
-        """Take in generated tokens that end at position `stop` of the request. Known ones are replaced; tokens behind a
-        gap cannot be placed and are left out."""
-        start = stop - len(tokens) - len(self.tokens)
-        if 0 <= start <= len(self.output):
-            self.output[start:] = tokens

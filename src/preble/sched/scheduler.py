@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from preble.errors import InvalidRequest
+from preble.sched.cost import CostModel
+from preble.sched.cost_fit import FittedCost
+from preble.sched.cost_presets import make_cost
 from preble.sched.events import (
     Admitted,
     Event,
     Evicted,
     Finished,
+    Preempted,
     Progressed,
     ReplicaDown,
     ReplicaUp,
@@ -29,7 +33,7 @@ from preble.sched.token_ids import TokenIds, as_tokens
 from preble.sched.waiting import WaitingQueue
 
 WINDOW = 180.0
-"""Seconds for which a prefix is remembered that no replica holds and nobody uses: H in the paper."""
+"""Seconds for which load counts, and for which a prefix is remembered that no replica holds: H in the paper."""
 
 
 class GlobalScheduler:
@@ -47,9 +51,14 @@ class GlobalScheduler:
         replicas: how many there are at the start, numbered from 0.
         capacity_tokens: tokens that the KV pages of one replica hold.
         page_size: tokens in a page, the same on all replicas.
-        policy: name of a policy, or an object of your own (`preble.sched.Policy`).
+        max_batched_tokens: tokens that one step of a replica computes at most.
+        policy: name of a policy, or an object of your own (`preble.sched.Policy`), which then serves this scheduler
+            only.
+        cost: what steps cost at first: name of a preset (`preble.sched.PRESETS`), or a model. `StepTimed` events
+            correct it, for each replica by itself.
         seed: of the lots drawn between equal replicas.
-        window: seconds for which a prefix is remembered that no replica holds and nobody uses.
+        window: H in the paper: seconds for which load counts, and for which a prefix is remembered that no replica
+            holds.
 
     Raises:
         InvalidRequest: an argument is out of its range, or no policy has that name.
@@ -61,7 +70,9 @@ class GlobalScheduler:
         *,
         capacity_tokens: int,
         page_size: int = 64,
+        max_batched_tokens: int = 1024,
         policy: str | Policy = "e2",
+        cost: str | CostModel = "generic",
         seed: int = 0,
         window: float = WINDOW,
     ) -> None:
@@ -69,19 +80,25 @@ class GlobalScheduler:
             raise InvalidRequest(f"replicas must be at least 0, not {replicas}")
         if page_size < 1:
             raise InvalidRequest(f"page_size must be at least 1, not {page_size}")
-        if not window >= 0:
-            raise InvalidRequest(f"window must be at least 0 seconds, not {window}")
+        if max_batched_tokens < 1:
+            raise InvalidRequest(f"max_batched_tokens must be at least 1, not {max_batched_tokens}")
+        if not 0 <= window < float("inf"):
+            raise InvalidRequest(f"window must be at least 0 seconds and finite, not {window}")
         self._policy = make_policy(policy)
+        self._cost = make_cost(cost)
         self._capacity_tokens = capacity_tokens
+        self._max_batched_tokens = max_batched_tokens
         self._lots = Lots(seed)
         self._fleet = Fleet(page_size, window)
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue()
         self._now = float("-inf")
+        self._reviewed = float("-inf")
         self._submitted = 0
         self._handlers: dict[type[Event], Callable[[Ledger, Any], None]] = {
             Admitted: self._admitted,
             Progressed: self._progressed,
+            Preempted: self._preempted,
             Finished: self._finished,
             Stored: self._stored,
             Evicted: self._evicted,
@@ -104,6 +121,8 @@ class GlobalScheduler:
         namespace: str = "",
         priority: int = 0,
         deadline: float | None = None,
+        session: str | None = None,
+        expected_tokens: int | None = None,
     ) -> Placement | Waiting:
         """Place a request, or let it wait; in that case a later `apply`, `poll` or `cancel` returns its placement.
 
@@ -115,24 +134,20 @@ class GlobalScheduler:
             namespace: prefixes are shared only within one.
             priority: higher is served first.
             deadline: seconds on the same clock; among equals of priority the earliest is served first.
+            session: a name for the conversation or agent it belongs to, unique within the namespace. Among replicas
+                that are as good as equal its last one is preferred.
+            expected_tokens: how many it will probably generate, at least 1; learned per prefix where it is not given.
 
         Raises:
             InvalidRequest: the prompt or another argument is malformed, or the request is already here.
         """
         if request_id in self._requests:
             raise InvalidRequest(f"request {request_id!r} is already here and has not ended")
-        if max_tokens < 1:
-            raise InvalidRequest(f"max_tokens must be at least 1, not {max_tokens}")
-        request = Request(
-            request_id,
-            as_tokens(token_ids),
-            max_tokens=max_tokens,
-            namespace=namespace,
-            priority=priority,
-            deadline=deadline,
-            number=self._submitted,
+        request = self._request(
+            request_id, token_ids, now, max_tokens, namespace, priority, deadline, session, expected_tokens
         )
         self._advance(now)
+        self._fleet.traffic.arrived(self._now)
         placement = None if self._waiting else self._place(request)
         self._submitted += 1
         self._requests[request_id] = request
@@ -177,7 +192,7 @@ class GlobalScheduler:
             if request.ledger is None:
                 self._waiting.remove(request)
             else:
-                self._fleet.leave(request, self._now)
+                self._fleet.leave(request)
         return self._place_waiting()
 
     def explain(
@@ -189,46 +204,54 @@ class GlobalScheduler:
         namespace: str = "",
         priority: int = 0,
         deadline: float | None = None,
+        session: str | None = None,
+        expected_tokens: int | None = None,
     ) -> Explanation:
         """What `submit` would do with this prompt, and why. Changes nothing.
 
         Raises:
             InvalidRequest: the prompt or another argument is malformed.
         """
-        request = Request(
-            "",
-            as_tokens(token_ids),
-            max_tokens=max_tokens,
-            namespace=namespace,
-            priority=priority,
-            deadline=deadline,
-            number=self._submitted,
-        )
+        request = self._request("", token_ids, now, max_tokens, namespace, priority, deadline, session, expected_tokens)
         fleet = self._fleet
-        found = fleet.tree.find(namespace, request.tokens)
+        match = fleet.tree.find(namespace, request.tokens)
         replica, reason = None, self._obstacle()
         costs: dict[int, Mapping[str, float]] = {}
         if fleet.eligible:
-            view = fleet.view(request, *found, max(now, self._now), self._lots.copy())
+            view = fleet.view(request, match, max(now, self._now), self._lots.copy())
             costs = {one.replica: self._policy.costs(view, index) for index, one in enumerate(view.replicas)}
             choice = None if self._waiting else self._choose(view)
             if choice is not None:
                 replica, reason = view.replicas[choice.chosen].replica, choice.reason
-        candidates = fleet.candidates(*found, costs)
+        candidates = fleet.candidates(match, costs)
         return Explanation(self._policy.name, request.prompt_tokens, replica, reason, candidates)
 
     # Replicas
 
-    def add_replica(self, *, capacity_tokens: int | None = None) -> int:
+    def add_replica(
+        self,
+        *,
+        capacity_tokens: int | None = None,
+        max_batched_tokens: int | None = None,
+        cost: str | CostModel | None = None,
+    ) -> int:
         """One more replica, with an empty cache; returns its number, which was never used before.
 
         Args:
             capacity_tokens: tokens that its KV pages hold; by default as many as those of the first ones.
+            max_batched_tokens: tokens that one of its steps computes at most; by default as the first ones.
+            cost: what its steps cost at first; by default as on the first ones.
 
         Raises:
-            InvalidRequest: that is less than a page.
+            InvalidRequest: it cannot hold a page, or there is no such preset.
         """
-        return self._fleet.add(self._capacity_tokens if capacity_tokens is None else capacity_tokens)
+        number = self._fleet.add(
+            capacity_tokens=self._capacity_tokens if capacity_tokens is None else capacity_tokens,
+            max_batched_tokens=self._max_batched_tokens if max_batched_tokens is None else max_batched_tokens,
+            cost=FittedCost(self._cost if cost is None else make_cost(cost)),
+        )
+        self._review()
+        return number
 
     def remove_replica(self, replica: int, *, now: float) -> list[str]:
         """Forget a replica. Returns the ids of the requests in flight there, oldest first; they are forgotten as well,
@@ -239,9 +262,10 @@ class GlobalScheduler:
         """
         ledger = self._fleet.ledger(replica)
         self._advance(now)
-        lost = [request.request_id for request in self._fleet.remove(ledger, self._now)]
+        lost = [request.request_id for request in self._fleet.remove(ledger)]
         for request_id in lost:
             del self._requests[request_id]
+        self._review()
         return lost
 
     def drain(self, replica: int) -> None:
@@ -251,6 +275,7 @@ class GlobalScheduler:
             InvalidRequest: there is no such replica.
         """
         self._fleet.drain(self._fleet.ledger(replica))
+        self._review()
 
     # What is where
 
@@ -299,7 +324,7 @@ class GlobalScheduler:
         self._fleet.check()
         waiting = list(self._waiting)
         require([one.urgency for one in waiting] == sorted(one.urgency for one in waiting), "the queue is out of order")
-        require(all(one.ledger is None and one.prediction is None for one in waiting), "a waiting request is booked")
+        require(all(one.ledger is None and one.node is None for one in waiting), "a waiting request is booked")
         placed = [one for ledger in self._fleet.ledgers.values() for one in ledger.requests.values()]
         here = {one.request_id: one for one in waiting + placed}
         require(len(here) == len(waiting) + len(placed), "a request is in two places")
@@ -307,25 +332,61 @@ class GlobalScheduler:
 
     # Deciding
 
+    def _request(
+        self,
+        request_id: str,
+        token_ids: TokenIds,
+        now: float,
+        max_tokens: int,
+        namespace: str,
+        priority: int,
+        deadline: float | None,
+        session: str | None,
+        expected_tokens: int | None,
+    ) -> Request:
+        if max_tokens < 1:
+            raise InvalidRequest(f"max_tokens must be at least 1, not {max_tokens}")
+        if expected_tokens is not None and expected_tokens < 1:
+            raise InvalidRequest(f"expected_tokens must be at least 1, not {expected_tokens}")
+        return Request(
+            request_id,
+            as_tokens(token_ids),
+            max_tokens=max_tokens,
+            namespace=namespace,
+            priority=priority,
+            deadline=deadline,
+            session=session,
+            hint=expected_tokens,
+            number=self._submitted,
+            submitted=max(now, self._now),
+        )
+
     def _advance(self, now: float) -> None:
         if now > self._now:
             self._now = now
-            self._fleet.tree.sweep(now)
+            self._fleet.sweep(now)
+            if now - self._reviewed >= self._policy.review_every:
+                self._review()
+
+    def _review(self) -> None:
+        self._reviewed = self._now
+        self._policy.review(self._fleet.eligible, self._now)
 
     def _place(self, request: Request) -> Placement | None:
         """Choose and book in one go; `None`, with nothing changed, if the request must wait."""
         fleet = self._fleet
         if not fleet.eligible:
             return None
-        node, matched = fleet.tree.find(request.namespace, request.tokens)
-        view = fleet.view(request, node, matched, self._now, self._lots)
+        match = fleet.tree.find(request.namespace, request.tokens)
+        view = fleet.view(request, match, self._now, self._lots)
         choice = self._choose(view)
         if choice is None:
             return None
         ledger = fleet.eligible[choice.chosen]
         cached = view.matched[choice.chosen]
-        fleet.place(request, ledger, cached, node, matched, self._now)
-        return Placement(request.request_id, ledger.replica, cached, choice.reason, dict(choice.costs))
+        fleet.place(request, ledger, cached, match, self._now)
+        self._policy.placed(view, choice)
+        return Placement(request.request_id, ledger.replica, cached, choice.reason, choice.costs)
 
     def _choose(self, view: View) -> Choice | None:
         choice = self._policy.choose(view)
@@ -335,7 +396,7 @@ class GlobalScheduler:
 
     def _place_waiting(self) -> list[Placement]:
         placements: list[Placement] = []
-        while self._waiting:
+        while self._waiting and self._policy.accepts(self._fleet.eligible):
             request = self._waiting.first()
             placement = self._place(request)
             if placement is None:
@@ -356,19 +417,27 @@ class GlobalScheduler:
     def _admitted(self, ledger: Ledger, event: Admitted) -> None:
         request = ledger.requests.get(event.request_id)
         if request is not None:
-            ledger.admit(request, event.cached_tokens)
+            self._fleet.admitted(request, event.cached_tokens, self._now)
 
     def _progressed(self, ledger: Ledger, event: Progressed) -> None:
         request = ledger.requests.get(event.request_id)
         if request is not None:
+            generated = 0
             if event.new_tokens:
-                request.generated(event.new_tokens, event.computed_tokens + 1)
-            ledger.progress(request, event.computed_tokens)
+                generated = event.computed_tokens + 1 - len(request.tokens)
+                if not request.output_tokens:
+                    self._fleet.traffic.started(self._now - request.submitted)
+            ledger.progress(request, event.computed_tokens, generated)
+
+    def _preempted(self, ledger: Ledger, event: Preempted) -> None:
+        request = ledger.requests.get(event.request_id)
+        if request is not None:
+            ledger.preempt(request)
 
     def _finished(self, ledger: Ledger, event: Finished) -> None:
         request = ledger.requests.get(event.request_id)
         if request is not None:
-            self._fleet.leave(request, self._now)
+            self._fleet.finished(request, self._now)
             del self._requests[event.request_id]
 
     def _stored(self, ledger: Ledger, event: Stored) -> None:
@@ -380,13 +449,16 @@ class GlobalScheduler:
             self._fleet.tree.evict(ledger.cache, news)
 
     def _step_timed(self, ledger: Ledger, event: StepTimed) -> None:
-        """No policy weighs times yet."""
+        assert isinstance(ledger.cost, FittedCost)
+        ledger.cost.observe(event)
 
     def _down(self, ledger: Ledger, event: ReplicaDown) -> None:
         if ledger.up:
-            for request in self._fleet.down(ledger, self._now):
+            for request in self._fleet.down(ledger):
                 self._waiting.push(request)
+            self._review()
 
     def _up(self, ledger: Ledger, event: ReplicaUp) -> None:
         if not ledger.up:
             self._fleet.up(ledger, event.sequence)
+            self._review()

@@ -22,6 +22,10 @@ def as_tokens(token_ids: TokenIds) -> Tokens:
     Raises:
         InvalidRequest: not flat, empty, not integers, negative, or too large for int32.
     """
+    if type(token_ids) is np.ndarray and token_ids.dtype == np.int32 and token_ids.ndim == 1 and len(token_ids):
+        tokens = token_ids.astype(np.int32)
+        if np.minimum.reduce(tokens) >= 0:
+            return tokens
     try:
         given = np.asarray(token_ids)
     except (ValueError, OverflowError) as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -11,6 +12,7 @@ from preble.sched.lots import Lots
 
 if TYPE_CHECKING:
     from preble.sched.cost import CostModel
+    from preble.sched.prefix_stats import PrefixStats
 
 NO_COSTS: Mapping[str, float] = MappingProxyType({})
 """The costs of a decision that weighed nothing."""
@@ -99,11 +101,12 @@ class ReplicaView(Protocol):
 
     @property
     def unique_pages(self) -> int:
-        """Pages that the requests placed there will hold when their prompts are computed, shared ones counted once."""
+        """Pages that the requests placed there will hold at their ends, prompt and expected output, shared ones counted
+        once."""
 
     @property
     def total_pages(self) -> int:
-        """The same, shared ones counted once per request."""
+        """The same, shared ones counted once per request that shares them."""
 
     @property
     def window_prefill_seconds(self) -> float:
@@ -178,6 +181,14 @@ class View(Protocol):
         """Position in `replicas` of the one that got the last request of the same session."""
 
     @property
+    def window(self) -> float:
+        """H: the seconds for which load and uses count."""
+
+    @property
+    def prefix(self) -> PrefixStats | None:
+        """What requests with the matched key portion experienced; `None` where nobody shared it yet."""
+
+    @property
     def stretches(self) -> tuple[Stretch, ...]:
         """The longest match with any replica or recent prompt, from its start. Worked out when asked for."""
 
@@ -202,6 +213,8 @@ class Policy(ABC):
 
     name: str
     """Shown in statistics and explanations."""
+    review_every = math.inf
+    """Seconds between two calls of `review`."""
 
     @abstractmethod
     def choose(self, view: View) -> Choice | None:
@@ -209,6 +222,17 @@ class Policy(ABC):
 
         Must not change the policy: `GlobalScheduler.explain` asks as well, and the answer may not be acted upon.
         """
+
+    def accepts(self, replicas: Sequence[ReplicaView]) -> bool:
+        """Whether any of them can take a request at all: a quick test while requests wait, before `choose` is asked."""
+        return True
+
+    def placed(self, view: View, choice: Choice) -> None:  # noqa: B027  # most policies keep nothing
+        """The choice was acted upon. Here a policy may change."""
+
+    def review(self, replicas: Sequence[ReplicaView], now: float) -> None:  # noqa: B027  # as above
+        """Look at the fleet off the path of requests: every `review_every` seconds, and whenever a replica came, left,
+        failed or drains. `replicas` are those that may take requests. Here a policy may change."""
 
     def costs(self, view: View, index: int) -> Mapping[str, float]:
         """The terms by which `view.replicas[index]` is judged, for `GlobalScheduler.explain`."""
