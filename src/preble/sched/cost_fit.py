@@ -204,8 +204,8 @@ def _table(rows: Sequence[tuple[float, ...]]) -> Array:
 
 
 def _model(name: str, terms: Array) -> PiecewiseCost:
-    """The cost model of these terms."""
-    base = np.cumsum(terms[: len(KNOTS)]).tolist()
+    """The cost model of these terms. No step of it is free, whatever timings led to them: callers may divide by it."""
+    base = np.maximum(np.cumsum(terms[: len(KNOTS)]), SHORTEST).tolist()
     prices = dict(zip(PRICES, terms[len(KNOTS) :].tolist(), strict=True))
     return PiecewiseCost(name, KNOTS, base, **prices)
 
