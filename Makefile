@@ -4,15 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-long lint bench clean
+.PHONY: help install demo test test-long lint bench bench-sched clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       install, then serve shared-prefix prompts on several replicas and show what happened"
-	@echo "make test       install, then run the test suite"
-	@echo "make test-long  the slow rest of the test suite"
-	@echo "make lint       ruff and mypy"
-	@echo "make bench      the engine against transformers (and llama.cpp where it is installed)"
+	@echo "make demo         install, then serve shared-prefix prompts on several replicas and show what happened"
+	@echo "make test         install, then run the test suite"
+	@echo "make test-long    the slow rest of the test suite"
+	@echo "make lint         ruff and mypy"
+	@echo "make bench        the engine against transformers (and llama.cpp where it is installed)"
+	@echo "make bench-sched  the scheduler by itself (beside Dynamo's and Ray's where PEER_PYTHON has them)"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Preble needs Python 3.11 or newer; try: make PYTHON=python3.12"; exit 1; }
@@ -39,6 +40,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m preble bench engine --json bench-results/engine.json
+
+bench-sched: $(INSTALLED)
+	$(BIN)/python -m preble bench sched --json bench-results/sched.json $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
 
 clean:
 	rm -rf $(VENV) bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     from preble.bench import engine
+    from preble.bench.sched import suite as sched
 
     suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
     suite = suites.add_parser(
@@ -15,6 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_arguments(suite)
     suite.set_defaults(run_suite=engine.run)
+    suite = suites.add_parser(
+        "sched", help="the global scheduler against those of Dynamo and Ray", description=sched.__doc__
+    )
+    sched.add_arguments(suite)
+    suite.set_defaults(run_suite=sched.run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,1 @@
+"""The speed of the global scheduler; `preble.bench.sched.suite` is the command."""
