@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 REASONS = {
     "exploit": "to the replica that has the prompt's prefix",
-    "explore": "to the least loaded replica, as none has the prefix",
-    "rebalance": "to the least loaded replica, as the one with the prefix is busy",
+    "explore": "to the least load, as no replica has most of the prompt, or all have",
+    "rebalance": "to the least loaded replica, as the one with the prefix had more than its share",
+    "replicate": "to a replica that gets a copy of a prefix in demand",
+    "relieve": "away from the prefix, as waiting there costs more than computing it again",
 }
 """Reasons of placement that need a word of explanation."""
 

@@ -139,13 +139,13 @@ class Fleet:
             request,
             self.eligible,
             tuple([cached[slot] for slot in self._eligible_slots]),
-            now=now,
-            lots=lots,
-            traffic=self.traffic,
-            session=session,
-            prefix=prefix,
-            match=match,
-            tree=self.tree,
+            now,
+            lots,
+            self.traffic,
+            session,
+            prefix,
+            match,
+            self.tree,
         )
 
     def place(self, request: Request, ledger: Ledger, cached_tokens: int, match: Match, now: float) -> None:

@@ -71,8 +71,8 @@ def page_hashes(tokens: Tokens, page_size: int, *, start: int = 0, base: int = 0
     terms: Hashes = tokens[:count].astype(np.uint64)
     terms += _1  # or runs of token 0 would all hash alike
     terms *= _weights(start, start + count)
-    terms[:1] += np.uint64(base & _MASK)
-    return terms.cumsum()[page_size - 1 :: page_size].copy()
+    hashes: Hashes = terms.cumsum()[page_size - 1 :: page_size] + np.uint64(base & _MASK)
+    return hashes
 
 
 def in_common(some: Hashes, others: Hashes) -> int:

@@ -147,8 +147,8 @@ class GlobalScheduler:
             request_id, token_ids, now, max_tokens, namespace, priority, deadline, session, expected_tokens
         )
         self._advance(now)
-        self._fleet.traffic.arrived(self._now)
         placement = None if self._waiting else self._place(request)
+        self._fleet.traffic.arrived(self._now)
         self._submitted += 1
         self._requests[request_id] = request
         if placement is not None:

@@ -25,7 +25,6 @@ class Situation:
         request: Request,
         replicas: tuple[Ledger, ...],
         matched: tuple[int, ...],
-        *,
         now: float,
         lots: Lots,
         traffic: Traffic,

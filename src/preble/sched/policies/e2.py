@@ -92,9 +92,11 @@ class E2(Policy):
 
     def choose(self, view: View) -> Choice | None:
         replicas, matched = view.replicas, view.matched
-        free = range(len(replicas)) if not self.late_binding else self._free(replicas)
-        if not free:
-            return None
+        free: Sequence[int] = range(len(replicas))
+        if self.late_binding:
+            free = self._free(replicas)
+            if not free:
+                return None
         longest = max(matched)
         if longest <= view.request.prompt_tokens - longest or min(matched) == longest:
             return self._explore(view, free)
@@ -264,7 +266,7 @@ class E2(Policy):
     # Autoscaling
 
     def _is_hot(self, stats: PrefixStats, view: View) -> bool:
-        if stats.scaled == stats.half_at(view.now, view.window):
+        if min(stats.waits) < ENOUGH or stats.scaled == stats.half_at(view.now, view.window):
             return False
         before, requests_before, this, requests = stats.means(view.now, view.window)
         if min(requests_before, requests) < ENOUGH or this < self.th_auto * before:
