@@ -52,17 +52,16 @@ def measure_workloads(plan: Plan) -> Iterator[WorkloadResult]:
 
 def measure_fleets(plan: Plan) -> FleetResult:
     """Few and many replicas, with as many requests in flight on each, in turns."""
-    result = FleetResult({REPLICAS: [], MANY_REPLICAS: []})
-    fleets = {
-        replicas: make_traffic(plan.tool_use, FLEET_PAGE_SIZE, replicas=replicas) for replicas in result.microseconds
-    }
+    result = FleetResult()
+    fleets = {replicas: make_traffic(plan.tool_use, FLEET_PAGE_SIZE, replicas=replicas) for replicas in result.whole}
     with _blocks(len(fleets) * (plan.fill + plan.rounds * plan.measured), f"{MANY_REPLICAS} replicas") as advance:
         for traffic in fleets.values():
             traffic.run(plan.fill, advance=advance)
         for _ in range(plan.rounds):
             for replicas, traffic in fleets.items():
                 times = traffic.run(plan.measured, advance=advance)
-                result.microseconds[replicas].append(float(times.whole.mean()) / 1e3)
+                result.whole[replicas].append(float(times.whole.mean()) / 1e3)
+                result.submit[replicas].append(float(times.submit.mean()) / 1e3)
     for traffic in fleets.values():
         traffic.drain()
     return result

@@ -51,11 +51,11 @@ class Plan:
 
 FULL = Plan(
     fill=int(WINDOW * RATE),
-    measured=1_500,
+    measured=1_000,
     rounds=3,
     distinct=1_000_000,
     segment=10_000,
-    policy_fill=3_000,
+    policy_fill=2_000,
     peer_fill=200,
     peer_measured={2_000: 600, 8_000: 300, 32_000: 150},
 )

@@ -84,25 +84,43 @@ class WorkloadResult:
 
 @dataclass(slots=True)
 class FleetResult:
-    """What a whole decision costs by the number of replicas."""
+    """Means of each round in microseconds, by the number of replicas."""
 
-    microseconds: dict[int, list[float]]
-    """Replicas -> mean of each round."""
+    whole: dict[int, list[float]] = field(default_factory=lambda: {REPLICAS: [], MANY_REPLICAS: []})
+    """Whole decisions. With more replicas there is more room, and less to report of evicted pages."""
+    submit: dict[int, list[float]] = field(default_factory=lambda: {REPLICAS: [], MANY_REPLICAS: []})
+    """`submit` alone."""
 
     @property
-    def ratio(self) -> float:
+    def whole_ratio(self) -> float:
         """Many to few: the median over rounds, each compared within itself."""
-        pairs = zip(self.microseconds[MANY_REPLICAS], self.microseconds[REPLICAS], strict=True)
-        return statistics.median(many / few for many, few in pairs)
+        return _many_to_few(self.whole)
+
+    @property
+    def submit_ratio(self) -> float:
+        """The same of `submit`."""
+        return _many_to_few(self.submit)
 
     @property
     def met(self) -> bool:
-        """Whether many cost little more."""
-        return self.ratio <= MANY_REPLICAS_GOAL
+        """Whether many cost little more, either way."""
+        return max(self.whole_ratio, self.submit_ratio) <= MANY_REPLICAS_GOAL
 
     def as_json(self) -> dict[str, object]:
         """Plain values."""
-        return {"microseconds": self.microseconds, "ratio": self.ratio, "goal": MANY_REPLICAS_GOAL, "met": self.met}
+        return {
+            "whole_microseconds": self.whole,
+            "submit_microseconds": self.submit,
+            "whole_ratio": self.whole_ratio,
+            "submit_ratio": self.submit_ratio,
+            "goal": MANY_REPLICAS_GOAL,
+            "met": self.met,
+        }
+
+
+def _many_to_few(rounds: dict[int, list[float]]) -> float:
+    pairs = zip(rounds[MANY_REPLICAS], rounds[REPLICAS], strict=True)
+    return statistics.median(many / few for many, few in pairs)
 
 
 @dataclass(frozen=True, slots=True)

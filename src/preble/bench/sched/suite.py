@@ -69,7 +69,9 @@ class Session:
         from preble.bench.sched import measures, plan, report
 
         result = measures.measure_fleets(self.plan)
-        self.console.print(f"a decision among {plan.MANY_REPLICAS} replicas: {result.ratio:.2f} times one among few")
+        self.console.print(
+            f"a decision among {plan.MANY_REPLICAS} replicas: {result.whole_ratio:.2f} times one among few"
+        )
         self.tables.append(report.fleets(result))
         self.figures["replicas"] = result.as_json()
 
