@@ -465,6 +465,7 @@ async def test_bad_cluster_arguments_are_refused_at_once(options: dict[str, Any]
     ("options", "error", "message"),
     [
         ({"policy": "roundrobin"}, preble.InvalidRequest, "round-robin"),
+        ({"local_order": "preeble"}, preble.InvalidRequest, "did you mean .preble.*"),
         ({"dtype": "int8"}, preble.PrebleError, "int8"),
         ({"kv_memory": "lots"}, preble.InvalidRequest, "2GiB"),
         ({"kv_memory": 16}, preble.DeviceError, "not one page"),

@@ -46,6 +46,8 @@ class Cluster:
         devices: torch device names, one per replica or fewer (then shared in turn); the CPU by default, the only
             device of this version.
         policy: name of a placement policy, or an object of your own (`preble.sched.policies.Policy`).
+        local_order: how a replica serves what waits there: `"hrrn"` (short prompts first, with ageing), `"preble"`
+            (groups by the share of the prompt that is cached) or `"fcfs"`.
         workers: `"thread"` runs replicas as threads of this process; `"auto"` chooses.
         dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`. `"auto"` takes the checkpoint's own type where the
             device computes in it, else float32.
@@ -70,6 +72,7 @@ class Cluster:
         replicas: int | None = None,
         devices: Sequence[str] | None = None,
         policy: str | Policy = "e2",
+        local_order: str = "hrrn",
         workers: Literal["auto", "thread"] = "auto",
         dtype: str = "auto",
         page_size: int = 64,
@@ -98,6 +101,7 @@ class Cluster:
         self._replicas = replicas
         self._devices = devices
         self._policy = policy
+        self._local_order = local_order
         self._dtype = dtype
         self._page_size = page_size
         self._kv_memory = kv_memory
@@ -116,9 +120,11 @@ class Cluster:
         from preble.dispatcher import Dispatcher
         from preble.replica.launch import in_a_thread_of_its_own, load
         from preble.sched import GlobalScheduler
+        from preble.sched.orders import find_order
         from preble.sched.policies import make_policy
 
         policy = make_policy(self._policy)
+        find_order(self._local_order)
         loaded = await anyio.to_thread.run_sync(
             lambda: in_a_thread_of_its_own(
                 load,
@@ -130,6 +136,7 @@ class Cluster:
                 kv_memory=self._kv_memory,
                 max_batched_tokens=self._max_batched_tokens,
                 max_running=self._max_running,
+                local_order=self._local_order,
             )
         )
         scheduler = GlobalScheduler(

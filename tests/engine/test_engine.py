@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +21,8 @@ from preble.engine.loading import load_model
 from preble.engine.messages import Delta, Submit
 from preble.engine.tokenizer import Tokenizer
 from preble.sampling import SamplingParams
-from preble.sched.events import Finished
+from preble.sched.cost_fit import FittedCost
+from preble.sched.events import Finished, StepTimed
 
 CPU = torch.device("cpu")
 NEW_TOKENS = 64
@@ -33,8 +35,8 @@ class Running:
         self.model: Model = load_model(folder, device=CPU, dtype="float32")
         self.tokenizer = Tokenizer(folder)
 
-    def engine(self, **options: int) -> Engine:
-        defaults = {"pages": 64, "page_size": 16, "max_batched_tokens": 64}
+    def engine(self, **options: Any) -> Engine:
+        defaults: dict[str, Any] = {"pages": 64, "page_size": 16, "max_batched_tokens": 64}
         return Engine(self.model, self.tokenizer, **(defaults | options))
 
 
@@ -253,6 +255,46 @@ def test_a_request_resumed_elsewhere_continues_the_same_text(running: Running) -
         rest = finish(second)["x"]
         assert tokens(delivered) + tokens(rest) == tokens(whole)
         assert text(delivered) + text(rest) == text(whole)
+
+
+def test_a_step_reports_what_it_computed_and_the_scheduler_learns_from_it(running: Running) -> None:
+    engine = running.engine(max_batched_tokens=16)
+    engine.submit(submit("x", prompts(1)[0][:40], 3))
+    timed: list[StepTimed] = []
+    while engine.has_work:
+        timed += [event for event in engine.step().events if isinstance(event, StepTimed)]
+    # Three chunks of the prompt, and two decodes for the second and third token.
+    assert [(one.new_tokens, one.decodes, one.context_tokens, one.attended_pairs) for one in timed] == [
+        (16, 0, 16, 16 * 16),
+        (16, 0, 32, 16 * 32),
+        (8, 0, 40, 8 * 40),
+        (1, 1, 41, 41),
+        (1, 1, 42, 42),
+    ]
+    assert all(one.seconds > 0 for one in timed)
+    cost = engine.scheduler.cost
+    assert isinstance(cost, FittedCost)
+    assert cost.steps == 5
+
+
+def test_pairs_add_up_over_the_requests_of_a_step(running: Running) -> None:
+    engine = running.engine()
+    engine.submit(submit("decoding", list(range(5, 25))))
+    engine.step()
+    engine.submit(submit("new", list(range(5, 35))))
+    [timed] = [event for event in engine.step().events if isinstance(event, StepTimed)]
+    # The new one finds a page of 16 tokens, and attends to it as well.
+    assert (timed.new_tokens, timed.decodes, timed.context_tokens) == (1 + 14, 1, 21 + 30)
+    assert timed.attended_pairs == 1 * 21 + 14 * 30
+
+
+def test_the_order_and_hints_reach_the_scheduler(running: Running) -> None:
+    engine = running.engine(local_order="preble")
+    assert engine.scheduler.waiting.order.name == "preble"
+    engine.submit(dataclasses.replace(submit("x", [5, 6, 7]), expected_tokens=12.5))
+    [waiting] = engine.scheduler.waiting
+    assert waiting.expected_tokens == 12.5
+    assert waiting.arrived > 0
 
 
 class Poisoned:

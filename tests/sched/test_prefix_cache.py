@@ -120,3 +120,32 @@ def test_a_fragmented_pool_still_gives_every_page() -> None:
     assert pool.free == 0
     with pytest.raises(AssertionError):
         pool.release([3, 3])
+
+
+def test_the_version_changes_with_what_is_cached_and_with_nothing_else() -> None:
+    cache = PrefixCache(pages=4, page_size=1)
+    versions = [cache.version]
+    for change in (
+        lambda: store(cache, 1, 2),
+        lambda: store(cache, 1, 3),
+        lambda: cache.allocate(2),  # evicts
+    ):
+        change()
+        versions.append(cache.version)
+    assert len(set(versions)) == 4
+    cache.release(cache.lock("", tokens(1)))
+    cached(cache, 1, 2)
+    assert cache.version == versions[-1]
+
+
+def test_what_others_have_locked_too_is_not_held_alone() -> None:
+    cache = PrefixCache(pages=10, page_size=1)
+    store(cache, 1, 2, 3, 4, 5)
+    long = cache.lock("", tokens(1, 2, 3, 4, 5))
+    assert cache.held_alone(long) == 5
+    short = cache.lock("", tokens(1, 2))
+    assert (cache.held_alone(long), cache.held_alone(short)) == (3, 0)
+    before = cache.available
+    cache.release(long)
+    assert cache.available - before == 3
+    assert cache.held_alone(short) == 2

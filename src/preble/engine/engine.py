@@ -15,8 +15,9 @@ from preble.engine.messages import Delta, StepReport, Submit
 from preble.engine.sampler import Sampler
 from preble.outputs import ReplicaStats
 from preble.sched.events import StepTimed
-from preble.sched.local import LocalScheduler, StepPlan
+from preble.sched.local import LocalScheduler
 from preble.sched.sequence import Sequence
+from preble.sched.step_plan import StepPlan
 
 if TYPE_CHECKING:
     from preble.engine.tokenizer import Tokenizer
@@ -36,6 +37,10 @@ class Engine:
         page_size: tokens in a page.
         max_batched_tokens: tokens that one step computes at most, decodes and prefill chunks together.
         max_running: requests in a step at most.
+        local_order: name of the order in which waiting requests are served (`preble.sched.orders`).
+
+    Raises:
+        InvalidRequest: there is no such order.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class Engine:
         page_size: int,
         max_batched_tokens: int,
         max_running: int = 256,
+        local_order: str = "hrrn",
     ) -> None:
         self.scheduler = LocalScheduler(
             pages=pages,
@@ -55,6 +61,7 @@ class Engine:
             max_batched_tokens=max_batched_tokens,
             max_running=max_running,
             replica=replica,
+            order=local_order,
         )
         self.computed_tokens = 0
         self.generated_tokens = 0
@@ -90,8 +97,10 @@ class Engine:
                 namespace=request.namespace,
                 priority=request.priority,
                 deadline=request.deadline,
+                expected_tokens=request.expected_tokens,
                 payload=Generation(request, self._tokenizer, self._model.config),
-            )
+            ),
+            now=time.monotonic(),
         )
 
     def abort(self, request_id: str) -> None:
@@ -101,14 +110,13 @@ class Engine:
     def step(self) -> StepReport:
         """Compute one step and report it. With nothing to compute, reports what `abort` left to tell."""
         began = time.monotonic()
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(now=began)
         deltas = [] if plan is None else self._run(plan, began)
         events = self.scheduler.take_events()
         if plan is not None:
-            seconds = time.monotonic() - began
-            context = sum(chunk.start + chunk.count for chunk in plan.chunks)
-            decodes = sum(chunk.count == 1 for chunk in plan.chunks)
-            events.append(StepTimed(self._replica, plan.tokens, decodes, context, seconds))
+            timed = _timed(self._replica, plan, time.monotonic() - began)
+            self.scheduler.learn(timed)
+            events.append(timed)
         return StepReport(self._replica, self.stats(), deltas, events)
 
     def stats(self) -> ReplicaStats:
@@ -201,6 +209,19 @@ class Engine:
             sequences=sequences,
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
         )
+
+
+def _timed(replica: int, plan: StepPlan, seconds: float) -> StepTimed:
+    """What the step computed, and how long it took."""
+    contexts = [chunk.start + chunk.count for chunk in plan.chunks]
+    return StepTimed(
+        replica,
+        new_tokens=plan.tokens,
+        decodes=sum(chunk.count == 1 for chunk in plan.chunks),
+        context_tokens=sum(contexts),
+        seconds=seconds,
+        attended_pairs=sum(chunk.count * context for chunk, context in zip(plan.chunks, contexts, strict=True)),
+    )
 
 
 def _tail(runs: tuple[tuple[int, int], ...], count: int) -> list[int]:

@@ -25,6 +25,8 @@ class Submit:
     namespace: str = ""
     priority: int = 0
     deadline: float | None = None
+    expected_tokens: float | None = None
+    """How many tokens it will probably generate, where the caller knows; a hint, never a limit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,7 @@ def load(
     kv_memory: int | str | None,
     max_batched_tokens: int,
     max_running: int,
+    local_order: str,
 ) -> Loaded:
     """Load the model once per device and make an engine per replica. Blocks; seconds for small models.
 
@@ -91,6 +92,7 @@ def load(
             page_size=page_size,
             max_batched_tokens=max_batched_tokens,
             max_running=max_running,
+            local_order=local_order,
         )
         for number, device in enumerate(placed)
     ]

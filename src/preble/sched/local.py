@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import count
 
 import numpy as np
 
 from preble.sched.block_table import BlockTable
-from preble.sched.events import Admitted, Event, Evicted, Finished, Progressed, Stored
+from preble.sched.cost import CostModel
+from preble.sched.cost_fit import FittedCost
+from preble.sched.cost_presets import GENERIC
+from preble.sched.events import Admitted, Event, Evicted, Finished, Preempted, Progressed, StepTimed, Stored
 from preble.sched.hashing import Tokens
+from preble.sched.invariants import require
+from preble.sched.orders import find_order
+from preble.sched.orders.queue import WaitingQueue
+from preble.sched.output_lengths import OutputLengths
+from preble.sched.page_budget import PageBudget
 from preble.sched.prefix_cache import CachedRun, PrefixCache
 from preble.sched.sequence import Sequence
+from preble.sched.step_plan import Chunk, StepPlan
 
 MOST_DEFERRED = 32
 """How many waiting requests a step looks past because a running one is computing their prefix."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens `start` to `start + count` of a sequence, to be computed in one step."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    samples: bool
-    """Whether the chunk ends the known tokens, so that the step yields the next one."""
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step's work: decodes and prefill chunks together, `tokens` in all."""
-
-    chunks: list[Chunk] = field(default_factory=list)
-    tokens: int = 0
+MOST_PASSED = 32
+"""How many others such a request lets pass. Then nobody is admitted before it: that ends when its prefix is there."""
+LOOKS = 16
+"""How many waiting requests a step looks up again when the cache has changed."""
 
 
 class LocalScheduler:
@@ -46,32 +38,61 @@ class LocalScheduler:
     then preempts the youngest request of the lowest priority: its computed pages go to the prefix cache, it goes back
     to the queue with its tokens.
 
-    Waiting requests are served by priority (higher first), then deadline, then arrival. The order is strict, so among
-    equals nobody starves: a request waits at most for those before it. One exception: a request whose prefix a running
-    one is just computing lets others pass until that prefix is there, rather than computing it a second time.
+    Waiting requests are served by priority (higher first), then those whose deadline presses, then in an order of choice
+    (`preble.sched.orders`); `WaitingQueue` states the bound of every wait. There are no exceptions to whose turn it is
+    but one: a request whose prefix a running one is just computing lets others pass until that prefix is there, rather
+    than computing it a second time, and at most `MOST_PASSED` of them. Who is first and does not fit is waited for.
+
+    A request is admitted when the pages will suffice for it and for those beside it, by the outputs expected rather than
+    the longest allowed (`PageBudget`).
+
+    Args:
+        pages: KV pages of the replica.
+        page_size: tokens in a page.
+        max_batched_tokens: tokens that one step computes at most.
+        max_running: requests that are running at most.
+        replica: its number, for events.
+        order: name of the order of waiting requests.
+        cost: what steps cost; a `FittedCost` learns from `learn`. By default one that starts from `GENERIC`.
+
+    Raises:
+        InvalidRequest: there is no such order.
     """
 
     def __init__(
-        self, *, pages: int, page_size: int, max_batched_tokens: int, max_running: int = 256, replica: int = 0
+        self,
+        *,
+        pages: int,
+        page_size: int,
+        max_batched_tokens: int,
+        max_running: int = 256,
+        replica: int = 0,
+        order: str = "hrrn",
+        cost: CostModel | None = None,
     ) -> None:
         self.replica = replica
         self.page_size = page_size
         self.max_batched_tokens = max_batched_tokens
         self.max_running = min(max_running, max_batched_tokens)
+        self.cost = FittedCost(GENERIC) if cost is None else cost
         self.cache = PrefixCache(pages, page_size)
         self.running: list[Sequence] = []
         """Admitted requests, in order of admission."""
-        self.waiting: list[Sequence] = []
-        """In the order in which they will be admitted."""
+        self.waiting = WaitingQueue(find_order(order), self.cost)
         self.preemptions = 0
         self.prompt_tokens = 0
         """Prompt tokens of all requests admitted, each counted once."""
         self.cached_tokens = 0
         """… of which these were found in the cache."""
+        self._outputs = OutputLengths()
         self._by_id: dict[str, Sequence] = {}
         self._serials = count(1)
         self._cache_events = count(1)
         self._events: list[Event] = []
+        self._to_look_up: list[Sequence] = []
+        """Waiting requests of the present round of looks."""
+        self._round_version = 0
+        """`PrefixCache.version` when that round began."""
 
     @property
     def capacity_tokens(self) -> int:
@@ -82,8 +103,8 @@ class LocalScheduler:
         """The request, waiting or running."""
         return self._by_id.get(request_id)
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a request."""
+    def add(self, sequence: Sequence, *, now: float) -> None:
+        """Queue a request. `now` is in seconds on the caller's clock, here and in `plan`."""
         if sequence.request_id in self._by_id:
             raise ValueError(f"request {sequence.request_id!r} is already here")
         if not 0 < sequence.length <= sequence.max_length <= self.capacity_tokens:
@@ -92,6 +113,7 @@ class LocalScheduler:
                 f"on pages for {self.capacity_tokens}"
             )
         sequence.serial = next(self._serials)
+        sequence.arrived = now
         self._by_id[sequence.request_id] = sequence
         self._queue(sequence)
 
@@ -114,23 +136,27 @@ class LocalScheduler:
         self._leave(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
+        self._events.append(Preempted(self.replica, request_id))
         self._queue(sequence)
         return True
 
-    def plan(self) -> StepPlan | None:
+    def plan(self, *, now: float) -> StepPlan | None:
         """Choose the next step's work and reserve its pages; `None` where there is nothing to do.
 
         The engine computes the chunks and reports with `commit`, before the next `plan`.
         """
         plan = StepPlan()
+        preemptions = self.preemptions
         for sequence in self.running[:]:
             if sequence.remaining == 1 and sequence.node is not None:
                 self._schedule(plan, sequence)
         for sequence in self.running[:]:
             if sequence.remaining > 1 and sequence.node is not None:
                 self._schedule(plan, sequence)
-        if self.waiting:
-            self._admit(plan)
+        # Where pages just ran out, nobody is admitted: it would be one of those that had to leave.
+        if self.waiting and self.preemptions == preemptions:
+            self._look_again()
+            self._admit(plan, now)
         return plan if plan.chunks else None
 
     def commit(self, plan: StepPlan, sampled: Iterable[tuple[int, bool] | None]) -> None:
@@ -154,11 +180,18 @@ class LocalScheduler:
                     token, finished = result
                     sequence.append(token)
                     new_tokens = (token,)
+                    if finished:
+                        self._outputs.observe(sequence.generated)
             self._events.append(Progressed(self.replica, sequence.request_id, sequence.computed, new_tokens))
             if finished:
                 self._finish(sequence)
             elif chunk.count > 1:
                 self._publish(sequence)
+
+    def learn(self, step: StepTimed) -> None:
+        """Learn from a step's timing what steps cost here."""
+        if isinstance(self.cost, FittedCost):
+            self.cost.observe(step)
 
     def take_events(self) -> list[Event]:
         """What happened since the last call, for the global scheduler."""
@@ -174,27 +207,57 @@ class LocalScheduler:
         holders: dict[CachedRun, int] = {}
         private: list[int] = []
         for sequence in self.running:
-            node = sequence.node
+            name, node = sequence.request_id, sequence.node
+            require(node is not None, f"{name!r} runs without a lock on the cache")
             assert node is not None
             holders[node] = holders.get(node, 0) + 1
             shared = node.end // self.page_size
             pages = sequence.table.pages
-            assert pages[:shared] == self.cache.pages_of(node)
-            assert sequence.table.runs == BlockTable(pages).runs
-            assert sequence.computed <= len(pages) * self.page_size
+            require(pages[:shared] == self.cache.pages_of(node), f"{name!r} reads other pages than it has locked")
+            require(sequence.table.runs == BlockTable(pages).runs, f"{name!r} has wrong runs of pages")
+            require(sequence.computed <= len(pages) * self.page_size, f"{name!r} has no page for its last tokens")
             private += pages[shared:]
         for sequence in self.waiting:
-            assert sequence.node is None
-            assert not sequence.table.pages
-            assert sequence.computed == 0
-        assert self.waiting == sorted(self.waiting, key=_urgency)
-        assert len(self._by_id) == len(self.running) + len(self.waiting)
+            name = sequence.request_id
+            require(sequence.node is None and not sequence.table.pages, f"{name!r} waits and holds pages")
+            require(sequence.computed == 0, f"{name!r} waits and is said to be computed")
+            require(sequence.passed <= MOST_PASSED, f"{name!r} let {sequence.passed} others pass")
+            if sequence.looked == self.cache.version:
+                require(sequence.matched == self._look_up(sequence)[0], f"{name!r} has another hit ratio")
+        self.waiting.check()
+        here = [*self.running, *self.waiting]
+        require(len({id(one) for one in here}) == len(here), "a request is waiting or running twice")
+        require({one.request_id: one for one in here} == self._by_id, "a request is lost")
         self.cache.check(holders, private)
         cache = self.cache
-        assert cache.pool.free + cache.cached + cache.in_use == cache.pool.total
+        require(cache.pool.free + cache.cached + cache.in_use == cache.pool.total, "pages do not add up")
 
     def _queue(self, sequence: Sequence) -> None:
-        bisect.insort(self.waiting, sequence, key=_urgency)
+        sequence.passed = 0
+        sequence.matched, _ = self._look_up(sequence)
+        sequence.looked = self.cache.version
+        self.waiting.add(sequence)
+
+    def _look_up(self, sequence: Sequence) -> tuple[int, int]:
+        """Tokens that need not be computed, and how many of their pages nobody uses. The last token always is computed,
+        for its logits."""
+        return self.cache.lookup(sequence.namespace, sequence.tokens[:-1])
+
+    def _look_again(self) -> None:
+        """Look up a few waiting requests whose hit ratios may have changed, by turns: thousands may wait."""
+        version = self.cache.version
+        if not self._to_look_up and self._round_version != version:
+            self._to_look_up = list(self.waiting)
+            self._round_version = version
+        for sequence in self._to_look_up[-LOOKS:]:
+            if sequence.looked != version and sequence in self.waiting:
+                self._found(sequence, self._look_up(sequence)[0])
+        del self._to_look_up[-LOOKS:]
+
+    def _found(self, sequence: Sequence, matched: int) -> None:
+        sequence.matched = matched
+        sequence.looked = self.cache.version
+        self.waiting.update(sequence)
 
     def _schedule(self, plan: StepPlan, sequence: Sequence) -> bool:
         """Give a running sequence its share of the step; False where the budget or the pages are used up."""
@@ -229,31 +292,43 @@ class LocalScheduler:
             if victim is sequence:
                 return False
 
-    def _admit(self, plan: StepPlan) -> None:
-        deferred = 0
-        promised = sum(self._pages_for(one) - len(one.table) for one in self.running)
-        for sequence in self.waiting[:]:
-            if len(self.running) >= self.max_running or plan.tokens >= self.max_batched_tokens:
+    def _admit(self, plan: StepPlan, now: float) -> None:
+        """Start waiting requests while there is room in the step, among the running, and on the pages."""
+        budget = PageBudget(self.running, self.cache, self._outputs)
+        preemptions = self.preemptions
+        passing: set[Sequence] = set()
+        looks = LOOKS
+        while (
+            len(self.running) < self.max_running
+            and plan.tokens < self.max_batched_tokens
+            and all(one.passed < MOST_PASSED for one in passing)
+        ):
+            sequence = self.waiting.next(now, passing)
+            if sequence is None:
                 return
-            matched, unused = self._reusable(sequence)
+            matched, unused = self._look_up(sequence)
+            if matched != sequence.matched:
+                self._found(sequence, matched)
+                if looks:  # it may be no longer its turn
+                    looks -= 1
+                    continue
             if self._is_computed_now(sequence, matched):
-                deferred += 1
-                if deferred == MOST_DEFERRED:
+                passing.add(sequence)
+                if len(passing) == MOST_DEFERRED:
                     return
                 continue
-            # Pages for the whole prompt, and one to grow for each running request, so that what is admitted is not
-            # preempted at once. Alone, a request always fits.
-            needed = self._pages_for(sequence) - matched // self.page_size + unused
-            if self.running and needed + promised + len(self.running) > self.cache.available:
+            pages = self._pages_for(sequence) - matched // self.page_size + unused
+            if not budget.admit(sequence, pages):
                 return
-            promised += needed - unused
+            for one in passing:
+                one.passed += 1
             self._start(sequence)
-            if not self._schedule(plan, sequence):
+            if not self._schedule(plan, sequence) or self.preemptions > preemptions:
                 return
 
     def _start(self, sequence: Sequence) -> None:
-        self.waiting.remove(sequence)
-        sequence.node = self.cache.lock(sequence.namespace, self._reusable_tokens(sequence))
+        self.waiting.serve(sequence)
+        sequence.node = self.cache.lock(sequence.namespace, sequence.tokens[:-1])
         sequence.table = BlockTable(self.cache.pages_of(sequence.node))
         sequence.computed = sequence.node.end
         self.running.append(sequence)
@@ -262,18 +337,10 @@ class LocalScheduler:
             sequence.cached = sequence.computed
             self.prompt_tokens += sequence.prompt_length
             self.cached_tokens += min(sequence.cached, sequence.prompt_length)
-            self._events.append(Admitted(self.replica, sequence.request_id, sequence.cached))
+        self._events.append(Admitted(self.replica, sequence.request_id, sequence.computed))
 
     def _pages_for(self, sequence: Sequence) -> int:
         return -(-sequence.length // self.page_size)
-
-    @staticmethod
-    def _reusable_tokens(sequence: Sequence) -> Tokens:
-        """All tokens but the last: at least one must be computed, for its logits."""
-        return sequence.tokens[:-1]
-
-    def _reusable(self, sequence: Sequence) -> tuple[int, int]:
-        return self.cache.lookup(sequence.namespace, self._reusable_tokens(sequence))
 
     def _is_computed_now(self, sequence: Sequence, matched: int) -> bool:
         """Whether a running prefill is about to publish at least one page more of this sequence's prefix."""
@@ -312,7 +379,3 @@ class LocalScheduler:
             self.waiting.remove(sequence)
         del self._by_id[sequence.request_id]
         self._events.append(Finished(self.replica, sequence.request_id))
-
-
-def _urgency(sequence: Sequence) -> tuple[int, float, int]:
-    return (-sequence.priority, sequence.deadline, sequence.serial)

@@ -58,6 +58,8 @@ class PrefixCache:
         self.page_size = page_size
         self.pool = PagePool(pages)
         self.cached = 0
+        self.version = 0
+        """Changes whenever pages enter or leave the cache: until then, what a lookup found is still so."""
         self._tree = _CacheTree(CachedRun, page_size)
         self._nodes = 0
         self._clock = 0
@@ -75,7 +77,10 @@ class PrefixCache:
         return self.pool.total - self.available
 
     def lookup(self, namespace: str, tokens: Tokens) -> tuple[int, int]:
-        """Length of the longest cached prefix in tokens (whole pages), and how many of its pages nobody uses now."""
+        """Length of the longest cached prefix in tokens (whole pages), and how many of its pages nobody uses now.
+
+        The length is the same until `version` changes; the number of unused pages is not.
+        """
         if namespace not in self._tree.roots:
             return 0, 0
         node, matched = self._tree.match(namespace, tokens)
@@ -95,6 +100,15 @@ class PrefixCache:
         for run in self._path(node):
             self._use(run)
         return node
+
+    def held_alone(self, node: CachedRun) -> int:
+        """Pages of the prefix that ends with `node` that only one sequence has locked, given that one has."""
+        pages = 0
+        run: CachedRun = node
+        while run.users == 1 and run.parent is not None:
+            pages += len(run.pages)
+            run = run.parent  # type: ignore[assignment]  # a tree's nodes are all of one type
+        return pages
 
     def pages_of(self, node: CachedRun) -> list[int]:
         """The pages of the prefix that ends with `node`, in order."""
@@ -251,6 +265,7 @@ class PrefixCache:
             self._forget_empty_root(parent)
 
     def _changed(self, stored: bool, run: CachedRun, hashes: Hashes) -> None:
+        self.version += 1
         last = self._changes[-1] if self._changes else None
         if last is not None and last.stored is stored and last.namespace == run.namespace:
             last.hashes.append(hashes)

@@ -22,20 +22,26 @@ class Sequence:
         max_length: prompt and output never grow past this.
         namespace: prefixes are shared only within one.
         priority: higher is served first.
-        deadline: seconds on the caller's clock; among equals of priority the earliest is served first.
+        deadline: seconds on the caller's clock, by which the caller wants the whole output.
+        expected_tokens: how many tokens it will probably generate, where the caller knows; a hint, never a limit.
         payload: whatever the engine keeps for the request.
     """
 
     __slots__ = (
         "_buffer",
         "admitted",
+        "arrived",
         "cached",
         "computed",
         "deadline",
+        "expected_tokens",
         "length",
+        "looked",
+        "matched",
         "max_length",
         "namespace",
         "node",
+        "passed",
         "payload",
         "preemptions",
         "priority",
@@ -55,6 +61,7 @@ class Sequence:
         namespace: str = "",
         priority: int = 0,
         deadline: float | None = None,
+        expected_tokens: float | None = None,
         payload: Any = None,
     ) -> None:
         self.request_id = request_id
@@ -64,6 +71,7 @@ class Sequence:
         self.namespace = namespace
         self.priority = priority
         self.deadline = math.inf if deadline is None else deadline
+        self.expected_tokens = expected_tokens
         self.payload = payload
         self.computed = 0
         self.cached = 0
@@ -73,6 +81,14 @@ class Sequence:
         self.preemptions = 0
         self.serial = 0
         """Arrival order on the replica; kept through preemption."""
+        self.arrived = 0.0
+        """When the request came to the replica, in seconds on the caller's clock; kept through preemption."""
+        self.matched = 0
+        """While waiting: tokens found in the cache when last looked up."""
+        self.looked = -1
+        """`PrefixCache.version` as of that look."""
+        self.passed = 0
+        """How many others were admitted while this one let them pass, its prefix being in the making."""
         self.node: CachedRun | None = None
         """The locked part of the prefix cache; `None` while waiting."""
         self.table = BlockTable()
