@@ -114,9 +114,7 @@ class PiecewiseCost(CostModel):
         if not tokens:
             return 0.0
         start, seconds, slope = self._pieces[bisect_right(self.knots, tokens) - 1]
-        seconds += slope * (tokens - start)
-        if decodes:
-            seconds += self._per_decode * decodes + self._per_decode_context * decode_context
+        seconds += slope * (tokens - start) + self._per_decode * decodes + self._per_decode_context * decode_context
         if computed:
             seconds += (
                 self._prefill

@@ -19,16 +19,14 @@ KNOTS = (0, 16, 64, 128, 192, 256, 384, 512, 1024, 2048)
 """Tokens per step between which the base is linear."""
 PRICES = ("prefill", "per_prefill_token", "per_prefill_context", "per_pair", "per_decode", "per_decode_context")
 """The other terms, as `PiecewiseCost` calls them."""
-KEPT_STEPS = 96
+KEPT_STEPS = 64
 """Steps remembered of each kind: those with prefill chunks, and those that only decode."""
-HALF_LIFE = 32
-"""After this many more steps of its kind a step counts half."""
 FIRST_FIT = 8
 """Steps seen before the first fit, so that a slow first one does not decide it."""
 LONGEST_WAIT = 64
 """Steps from one fit to the next, at most."""
 START_WEIGHT = 0.02
-"""What a point taken from `start` counts beside a new step."""
+"""What a point taken from `start` counts beside a remembered step."""
 TOLERANCE = 0.15
 """Relative errors beyond this count linearly instead of by their square."""
 SHORTEST, LONGEST = 1e-6, 3600.0
@@ -42,8 +40,6 @@ PREFILL, SECONDS, START_SECONDS = len(KNOTS), -2, -1
 
 RAMP_STARTS = np.array(KNOTS[:-1], dtype=np.float64)
 RAMP_LENGTHS = np.diff(np.array(KNOTS, dtype=np.float64))
-AGE_WEIGHTS = 0.5 ** (np.arange(KEPT_STEPS)[::-1] / HALF_LIFE)
-"""What remembered steps count, the oldest first."""
 
 
 class FittedCost(CostModel):
@@ -151,14 +147,14 @@ class FittedCost(CostModel):
         """The terms that suit the remembered steps best: float64 [base terms + prices], none negative."""
         steps = np.concatenate((self._prefills, self._decodes, self._points))
         features, seconds, by_start = steps[:, :SECONDS], steps[:, SECONDS], steps[:, START_SECONDS]
-        points = np.full(len(self._points), START_WEIGHT)
-        seen = len(steps) - len(points)
-        speed = float(np.median(seconds[:seen] / by_start[:seen])) if seen else 1.0
-        seconds[seen:] *= speed
-        ages = (AGE_WEIGHTS[KEPT_STEPS - len(kept) :] for kept in (self._prefills, self._decodes))
-        weights = np.concatenate((*ages, points))
+        weights = np.ones(len(steps))
+        seen = len(steps) - len(self._points)
+        weights[seen:] = START_WEIGHT
+        if seen:
+            by_start *= np.median(seconds[:seen] / by_start[:seen])
+            seconds[seen:] = by_start[seen:]
         if self._terms is None:
-            guess, predicted = np.zeros(features.shape[1]), by_start * speed
+            guess, predicted = np.zeros(features.shape[1]), by_start
         else:
             guess, predicted = self._terms, features @ self._terms
         # Errors are relative to the larger of the two times: one far too short weighs no more than one far too long.

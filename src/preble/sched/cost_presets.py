@@ -32,8 +32,7 @@ class Mistral7BA6000(CostModel):
     name = "mistral-7b-a6000"
 
     def step_seconds(self, prefills: Sequence[tuple[int, int]], decodes: int, decode_context: int) -> float:
-        tokens = decodes
-        context = decode_context if decodes else 0
+        tokens, context = decodes, decode_context
         extra = 0.0
         for new, attended in prefills:
             tokens += new
