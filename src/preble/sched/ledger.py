@@ -13,12 +13,14 @@ from preble.sched.request import Request
 class Share:
     """What one placement adds to its replica's load of the window H, in GPU seconds."""
 
-    __slots__ = ("decode_seconds", "placed", "prefill_seconds")
+    __slots__ = ("counted", "decode_seconds", "placed", "prefill_seconds")
 
     def __init__(self, placed: float, prefill_seconds: float, decode_seconds: float) -> None:
         self.placed = placed
         self.prefill_seconds = prefill_seconds
         self.decode_seconds = decode_seconds
+        self.counted = True
+        """The placement lies within the window."""
 
 
 class Ledger:
@@ -149,7 +151,7 @@ class Ledger:
         if missing != request.prefill_tokens or request.decoding:
             seconds = self.cost.prefill_seconds(missing, request.known_tokens - missing)
             share = request.share
-            if share is not None and not request.admitted:
+            if share is not None and share.counted and not request.admitted:
                 self.window_prefill_seconds += seconds - share.prefill_seconds
                 share.prefill_seconds = seconds
             self._set(request, missing, seconds, decoding=False)
@@ -161,8 +163,9 @@ class Ledger:
             request.queued = False
         if generated > request.output_tokens:
             if request.decoding:
-                self.decode_context_tokens += generated - request.output_tokens
-            request.output_tokens = generated
+                self.generate(request, generated)
+            else:
+                request.output_tokens = generated
         missing = len(request.tokens) + request.output_tokens - computed_tokens
         if missing <= 1 and computed_tokens >= len(request.tokens):
             if not request.decoding:
@@ -174,6 +177,11 @@ class Ledger:
             else:
                 seconds = self.cost.prefill_seconds(missing, max(computed_tokens, 0))
             self._set(request, missing, seconds, decoding=False)
+
+    def generate(self, request: Request, generated: int) -> None:
+        """A request that decodes has now generated so many tokens, more than before."""
+        self.decode_context_tokens += generated - request.output_tokens
+        request.output_tokens = generated
 
     def preempt(self, request: Request) -> None:
         """The request is back in the replica's queue. What it had computed is in the prefix cache, but for a page."""
@@ -198,7 +206,7 @@ class Ledger:
             self.queued_prefill_seconds = 0.0  # drops what rounding left
         share = request.share
         if share is not None:
-            if request.expected_tokens > 0:  # count what it did rather than what was expected of it
+            if share.counted:  # count what it did rather than what was expected of it
                 seconds = share.decode_seconds * request.output_tokens / request.expected_tokens
                 self.window_decode_seconds += seconds - share.decode_seconds
                 share.decode_seconds = seconds
@@ -212,7 +220,7 @@ class Ledger:
             share = shares.popleft()
             self.window_prefill_seconds -= share.prefill_seconds
             self.window_decode_seconds -= share.decode_seconds
-            share.prefill_seconds = share.decode_seconds = 0.0
+            share.counted = False
         if not shares:
             self.window_prefill_seconds = self.window_decode_seconds = 0.0
 

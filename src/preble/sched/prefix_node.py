@@ -10,7 +10,7 @@ from preble.sched.radix import Node
 class PrefixNode(Node):
     """A run of pages, who has it, and who uses it. Replicas are named by their slot, or by a bit per slot in a mask."""
 
-    __slots__ = ("cover", "full", "namespace", "pins", "resident", "stats", "uses")
+    __slots__ = ("cover", "full", "gone", "namespace", "pins", "resident", "stats", "uses")
 
     def __init__(self, tokens: Tokens, hashes: Hashes, parent: Node | None, start: int) -> None:
         self.tokens = tokens  # not by way of Node.__init__: a node is made for every request
@@ -20,6 +20,8 @@ class PrefixNode(Node):
         self.start = start
         self.end = start + len(tokens)
         self.namespace: str = parent.namespace if parent is not None else ""  # type: ignore[attr-defined]  # as above
+        self.gone = False
+        """It was taken out of the tree; a placement that is still in the window may remember it."""
         self.uses = 0
         """Placements within the window whose prompt reaches or passes this node."""
         self.pins: dict[int, int] = {}

@@ -18,7 +18,11 @@ from preble.sched.replica_cache import ReplicaCache
 MOST_SWEPT = 64
 """How many outdated uses one operation forgets, so that none takes long after a pause in traffic."""
 
+SHARED = 2
+"""Placements within the window that keep a prompt known though nobody holds it."""
+
 _NO_HASHES: Hashes = np.empty(0, np.uint64)
+_NO_TOKENS: Tokens = np.empty(0, np.int32)
 
 
 class Match(NamedTuple):
@@ -45,9 +49,9 @@ class PrefixTree(RadixTree[PrefixNode]):
 
     Output is not in the tree: its pages are known by their hashes alone, until a prompt contains them.
 
-    The tree is bounded: a page stays as long as some replica holds it or one behind it, or a prompt in flight or one
-    placed within the last `window` seconds contains it. Uses older than that are forgotten in order, a bounded number
-    of them per `sweep`.
+    The tree is bounded: a page stays as long as some replica holds it or one behind it, or a prompt in flight contains
+    it, or two placed within the last `window` seconds do. What only one prompt contained tells nothing about others
+    once nobody has it. Uses older than the window are forgotten in order, a bounded number of them per `sweep`.
 
     Args:
         page_size: tokens in a page.
@@ -150,7 +154,7 @@ class PrefixTree(RadixTree[PrefixNode]):
                 cache.nodes.move_to_end(one)
             one = one.parent  # type: ignore[assignment]  # as above
         cache.changed()
-        if not node.uses:
+        if node.uses < SHARED:
             self._prune(node)
 
     def path(self, node: PrefixNode) -> Iterator[PrefixNode]:
@@ -181,11 +185,14 @@ class PrefixTree(RadixTree[PrefixNode]):
             if not uses or uses[0][0] >= outdated:
                 self._swept = outdated
                 return
-            node = end = uses.popleft()[1]
+            end = uses.popleft()[1]
+            while end.gone:
+                end = end.parent  # type: ignore[assignment]  # as above
+            node = end
             while node.parent is not None:
                 node.uses -= 1
                 node = node.parent  # type: ignore[assignment]  # as above
-            if not end.uses:
+            if end.uses < SHARED:
                 self._prune(end)
 
     # Residency
@@ -318,12 +325,12 @@ class PrefixTree(RadixTree[PrefixNode]):
             node.resident[cache.slot] = new
         else:
             del node.resident[cache.slot], cache.nodes[node]
-        if not node.uses:
+        if node.uses < SHARED:
             self._prune(node)
 
     def _prune(self, node: PrefixNode) -> None:
-        """Cut back what nobody holds, from a node without recent uses upwards."""
-        while node.parent is not None and not (node.children or node.uses or node.pins):
+        """Cut back what nobody holds or shares, from a node upwards."""
+        while node.parent is not None and not (node.children or node.pins or node.uses >= SHARED):
             held = node.pages_held
             if held:
                 if held < len(node.hashes):
@@ -333,9 +340,12 @@ class PrefixTree(RadixTree[PrefixNode]):
             self.pages -= len(node.hashes)
             self._index.remove(node.hashes.tolist())
             self.remove(node)
+            # A placement within the window may still lead here, and from here on upwards.
+            node.gone, node.parent = True, parent
+            node.tokens, node.hashes = _NO_TOKENS, _NO_HASHES
             node = parent  # type: ignore[assignment]  # as in `path`
-        if node.parent is None and not node.children:
-            self.roots.pop(node.namespace, None)
+        if node.parent is None and not node.children and self.roots.get(node.namespace) is node:
+            del self.roots[node.namespace]
 
     def _truncate(self, node: PrefixNode, pages: int) -> None:
         self.pages -= len(node.hashes) - pages
@@ -359,7 +369,7 @@ class PrefixTree(RadixTree[PrefixNode]):
         for end, slot in prompts:
             for node in self.path(end):
                 pins.setdefault(node, Counter())[slot] += 1
-        uses = Counter(node for _, end in self._uses for node in self.path(end))
+        uses = Counter(node for _, end in self._uses for node in self.path(end) if not node.gone)
         holding: dict[int, set[PrefixNode]] = {slot: set() for slot in slots}
         pinned = dict.fromkeys(slots, 0)
         idle = dict.fromkeys(slots, 0)
@@ -377,7 +387,7 @@ class PrefixTree(RadixTree[PrefixNode]):
             masks = (node.full, node.cover)
             node.recount()
             require(masks == (node.full, node.cover), f"{where} has wrong masks")
-            kept = node.children or node.pins or node.uses or node.pages_held == len(node.hashes)
+            kept = node.children or node.pins or node.uses >= SHARED or node.pages_held == len(node.hashes)
             require(bool(kept), f"{where} should have been cut back")
         require(not pins and not uses, "a node in use was removed")
         pages = sum(len(node.hashes) for node in self.nodes())

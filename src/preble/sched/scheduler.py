@@ -147,7 +147,7 @@ class GlobalScheduler:
             request_id, token_ids, now, max_tokens, namespace, priority, deadline, session, expected_tokens
         )
         self._advance(now)
-        placement = None if self._waiting else self._place(request)
+        placement = self._place(request) if self._waiting.empty else None
         self._fleet.traffic.arrived(self._now)
         self._submitted += 1
         self._requests[request_id] = request
@@ -173,10 +173,11 @@ class GlobalScheduler:
         ledger = self._fleet.ledgers.get(event.replica)
         if ledger is None and not 0 <= event.replica < self._fleet.numbers_used:
             raise InvalidRequest(f"{event!r}: there never was a replica {event.replica}")
-        self._advance(now)
+        if now > self._now:
+            self._advance(now)
         if ledger is not None:
             handler(ledger, event)
-        return self._place_waiting()
+        return [] if self._waiting.empty else self._place_waiting()
 
     def poll(self, now: float) -> list[Placement]:
         """Let time pass; returns the placements that are possible now."""
@@ -220,7 +221,7 @@ class GlobalScheduler:
         if fleet.eligible:
             view = fleet.view(request, match, max(now, self._now), self._lots.copy())
             costs = {one.replica: self._policy.costs(view, index) for index, one in enumerate(view.replicas)}
-            choice = None if self._waiting else self._choose(view)
+            choice = self._choose(view) if self._waiting.empty else None
             if choice is not None:
                 replica, reason = view.replicas[choice.chosen].replica, choice.reason
         candidates = fleet.candidates(match, costs)
@@ -396,7 +397,7 @@ class GlobalScheduler:
 
     def _place_waiting(self) -> list[Placement]:
         placements: list[Placement] = []
-        while self._waiting and self._policy.accepts(self._fleet.eligible):
+        while not self._waiting.empty and self._policy.accepts(self._fleet.eligible):
             request = self._waiting.first()
             placement = self._place(request)
             if placement is None:
@@ -408,7 +409,7 @@ class GlobalScheduler:
     def _obstacle(self) -> str:
         """Why a request would wait."""
         if self._fleet.eligible:
-            return "others wait before it" if self._waiting else "every replica is busy"
+            return "every replica is busy" if self._waiting.empty else "others wait before it"
         states = {ledger.state for ledger in self._fleet.ledgers.values()}
         return "every replica that is up drains" if "draining" in states else "no replica is up"
 
@@ -425,6 +426,9 @@ class GlobalScheduler:
             generated = 0
             if event.new_tokens:
                 generated = event.computed_tokens + 1 - len(request.tokens)
+                if request.decoding and generated > request.output_tokens:  # by far the most frequent event
+                    ledger.generate(request, generated)
+                    return
                 if not request.output_tokens:
                     self._fleet.traffic.started(self._now - request.submitted)
             ledger.progress(request, event.computed_tokens, generated)

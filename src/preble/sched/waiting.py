@@ -19,9 +19,8 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._last_first: list[Request] = []
-
-    def __len__(self) -> int:
-        return len(self._last_first)
+        self.empty = True
+        """Whether nobody waits: asked at every event."""
 
     def __iter__(self) -> Iterator[Request]:
         """Most urgent first."""
@@ -30,6 +29,7 @@ class WaitingQueue:
     def push(self, request: Request) -> None:
         """Add a request."""
         insort(self._last_first, request, key=_lateness)
+        self.empty = False
 
     def first(self) -> Request:
         """The most urgent one; there must be one."""
@@ -40,3 +40,4 @@ class WaitingQueue:
         at = bisect_left(self._last_first, _lateness(request), key=_lateness)
         assert self._last_first[at] is request
         del self._last_first[at]
+        self.empty = not self._last_first
