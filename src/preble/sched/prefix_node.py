@@ -38,12 +38,18 @@ class PrefixNode(Node):
     def recount(self) -> None:
         """Work the masks out from `resident` and `pins`."""
         whole = (1 << len(self.hashes)) - 1
-        self.full = sum(1 << slot for slot, bits in self.resident.items() if bits == whole)
-        self.cover = self.full
+        full = 0
+        for slot, bits in self.resident.items():
+            if bits == whole:
+                full |= 1 << slot
+        self.full = self.cover = full
         for slot in self.pins:
             self.cover |= 1 << slot
 
     @property
     def pages_held(self) -> int:
         """How many pages, from the first one on, reach up to the last one that is resident anywhere."""
-        return max((bits.bit_length() for bits in self.resident.values()), default=0)
+        held = 0
+        for bits in self.resident.values():
+            held = max(held, bits.bit_length())
+        return held

@@ -350,9 +350,10 @@ class PrefixTree(RadixTree[PrefixNode]):
     def _truncate(self, node: PrefixNode, pages: int) -> None:
         self.pages -= len(node.hashes) - pages
         self._index.remove(node.hashes[pages:].tolist())
-        node.tokens = node.tokens[: pages * self.page_size].copy()
-        node.hashes = node.hashes[:pages].copy()
-        node.end = node.start + len(node.tokens)
+        spare = len(node.hashes) > 2 * pages  # a view keeps the memory of what is cut off
+        tokens, hashes = node.tokens[: pages * self.page_size], node.hashes[:pages]
+        node.tokens, node.hashes = (tokens.copy(), hashes.copy()) if spare else (tokens, hashes)
+        node.end = node.start + len(tokens)
         node.recount()
 
     def check_residency(self, caches: Iterable[ReplicaCache], prompts: Iterable[tuple[PrefixNode, int]]) -> None:
