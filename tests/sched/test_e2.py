@@ -6,9 +6,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from e2_world import DOCUMENT, PerToken, World, ask, tokens
 
 from preble.sched import Admitted, Finished, Progressed
-from tests.sched.e2_world import DOCUMENT, PerToken, World, ask, tokens
 
 # Exploit or explore
 

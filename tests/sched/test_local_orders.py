@@ -168,6 +168,17 @@ def test_pressing_deadlines_go_first_in_their_class_and_take_nobodys_turn(order:
     assert list(waiting.queue) == requests[2:]
 
 
+def test_pressing_deadlines_do_not_bring_the_turn_of_the_oldest_nearer() -> None:
+    waiting = Waiting("hrrn")
+    oldest = waiting.add(1000)
+    for _ in range(100):
+        waiting.add(1, deadline=0.0)
+    shorter = [waiting.add(10) for _ in range(20)]
+    served = [waiting.serve() for _ in range(116)]
+    assert served[100:115] == shorter[:15]
+    assert served[115] is oldest
+
+
 def test_a_deadline_that_has_passed_presses_at_once() -> None:
     waiting = Waiting("fcfs")
     waiting.add(1)

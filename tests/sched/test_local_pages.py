@@ -86,6 +86,18 @@ def test_a_hint_replaces_what_is_expected(hint: float | None, expected: int) -> 
     assert admitted == expected
 
 
+def test_pages_that_come_free_in_time_count_as_room() -> None:
+    cache = PrefixCache(pages=50, page_size=16)
+    ending = waiting("ending", 40 * 16, 16)
+    ending.node = cache.lock("", ending.tokens)
+    ending.table.extend(cache.allocate(40) or [])
+    budget = PageBudget([ending], cache, OutputLengths())
+    assert budget.admit(waiting("grows to 17 pages", 16, 1000, 256.0), 1)
+    ending.max_length += 300
+    budget = PageBudget([ending], cache, OutputLengths())
+    assert not budget.admit(waiting("grows to 17 pages", 16, 1000, 256.0), 1), "it ends with some chance only"
+
+
 def test_alone_a_request_always_fits() -> None:
     budget = PageBudget([], PrefixCache(pages=4, page_size=16), OutputLengths())
     assert budget.admit(waiting("all pages", 16, 48), 1)
