@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
@@ -16,9 +15,10 @@ import anyio.to_thread
 from preble.errors import ClusterStateError, InvalidRequest, PrebleError, PromptTooLong
 from preble.flight import Flight
 from preble.outputs import ClusterStats, GenerationOutput
-from preble.prompts import Prompt, check_name, check_text, prompt_tokens
+from preble.prompts import Prompt, check_text, prompt_tokens
 from preble.sampling import SamplingParams
 from preble.stream import Stream
+from preble.terms import Terms
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -143,6 +143,7 @@ class Cluster:
             replicas=len(loaded.engines),
             capacity_tokens=loaded.capacity_tokens,
             page_size=self._page_size,
+            max_batched_tokens=self._max_batched_tokens,
             policy=policy,
             seed=self._seed,
         )
@@ -175,6 +176,8 @@ class Cluster:
         timeout: float | None = None,
         namespace: str = "",
         request_id: str | None = None,
+        session: str | None = None,
+        expected_tokens: int | None = None,
         **options: Any,
     ) -> GenerationOutput:
         """Generate from a prompt and wait for the whole result.
@@ -186,6 +189,9 @@ class Cluster:
             timeout: seconds until `RequestTimeout`, waiting included.
             namespace: prefixes are shared only between requests of one namespace (a tenant, say).
             request_id: your own name for the request, unique among those in flight.
+            session: a name for the conversation or agent it belongs to, unique within the namespace; a hint that keeps it
+                on one replica where that costs nothing.
+            expected_tokens: how many tokens it will probably generate; a hint, learned per prefix where it is left out.
             options: any field of `SamplingParams` by keyword.
 
         Raises:
@@ -202,6 +208,8 @@ class Cluster:
             timeout=timeout,
             namespace=namespace,
             request_id=request_id,
+            session=session,
+            expected_tokens=expected_tokens,
             **options,
         )
         return await stream.finish()
@@ -215,6 +223,8 @@ class Cluster:
         timeout: float | None = None,
         namespace: str = "",
         request_id: str | None = None,
+        session: str | None = None,
+        expected_tokens: int | None = None,
         **options: Any,
     ) -> Stream:
         """Like `generate`, in chunks: `async for chunk in cluster.stream(…)`, or `async with` around it.
@@ -231,7 +241,8 @@ class Cluster:
                 return self._tokenizer.encode(prompt)
             return await anyio.to_thread.run_sync(self._tokenizer.encode, prompt)
 
-        return self._stream(tokenize, sampling, options, priority, timeout, namespace, request_id)
+        terms = Terms(priority, timeout, namespace, request_id, session, expected_tokens)
+        return self._stream(tokenize, sampling, options, terms)
 
     async def chat(
         self,
@@ -243,6 +254,8 @@ class Cluster:
         timeout: float | None = None,
         namespace: str = "",
         request_id: str | None = None,
+        session: str | None = None,
+        expected_tokens: int | None = None,
         **options: Any,
     ) -> GenerationOutput:
         """Answer a conversation, laid out by the checkpoint's chat template.
@@ -261,6 +274,8 @@ class Cluster:
             timeout=timeout,
             namespace=namespace,
             request_id=request_id,
+            session=session,
+            expected_tokens=expected_tokens,
             **options,
         )
         return await stream.finish()
@@ -275,6 +290,8 @@ class Cluster:
         timeout: float | None = None,
         namespace: str = "",
         request_id: str | None = None,
+        session: str | None = None,
+        expected_tokens: int | None = None,
         **options: Any,
     ) -> Stream:
         """Like `chat`, in chunks."""
@@ -283,7 +300,8 @@ class Cluster:
         async def tokenize() -> Tokens:
             return await anyio.to_thread.run_sync(lambda: self._tokenizer.chat(messages, tools=tools))
 
-        return self._stream(tokenize, sampling, options, priority, timeout, namespace, request_id)
+        terms = Terms(priority, timeout, namespace, request_id, session, expected_tokens)
+        return self._stream(tokenize, sampling, options, terms)
 
     async def generate_many(
         self, prompts: Iterable[Prompt], *, progress: bool = False, return_exceptions: bool = False, **options: Any
@@ -350,27 +368,10 @@ class Cluster:
         tokenize: Callable[[], Any],
         sampling: SamplingParams | None,
         options: Mapping[str, Any],
-        priority: int,
-        timeout: float | None,
-        namespace: str,
-        request_id: str | None,
+        terms: Terms,
     ) -> Stream:
         params = SamplingParams.from_options(sampling, options)
         params.check_vocabulary(self._config.vocabulary_size)
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise InvalidRequest(f"priority must be an integer, not {priority!r}")
-        check_name("namespace", namespace)
-        if request_id is not None:
-            check_name("request_id", request_id)
-            if not request_id:
-                raise InvalidRequest("request_id must be a non-empty string; leave it out to get one")
-        if timeout is not None and (
-            isinstance(timeout, bool)
-            or not isinstance(timeout, (int, float))
-            or not math.isfinite(timeout)
-            or timeout <= 0
-        ):
-            raise InvalidRequest(f"timeout must be a positive number of seconds, not {timeout!r}")
 
         async def start() -> Flight:
             self._must_be_open()
@@ -382,13 +383,11 @@ class Cluster:
             try:
                 self._must_be_open()
                 flight = Flight(
-                    request_id if request_id is not None else f"request-{next(self._ids)}",
+                    terms.request_id or f"request-{next(self._ids)}",
                     prompt,
                     params,
+                    terms,
                     cluster_seed=self._seed,
-                    namespace=namespace,
-                    priority=priority,
-                    deadline=None if timeout is None else submitted + timeout,
                     submitted=submitted,
                     on_end=self._slots.release,
                 )
@@ -398,7 +397,7 @@ class Cluster:
                 raise
             return flight
 
-        return Stream(start, self._dispatcher.end, self._dispatcher.end_soon, timeout)
+        return Stream(start, self._dispatcher.end, self._dispatcher.end_soon, terms.timeout)
 
     def _check_length(self, prompt: Tokens) -> None:
         config = self._config

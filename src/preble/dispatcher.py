@@ -61,9 +61,11 @@ class Dispatcher:
                     flight.prompt,
                     now=now,
                     max_tokens=flight.sampling.max_tokens,
-                    namespace=flight.namespace,
-                    priority=flight.priority,
+                    namespace=flight.terms.namespace,
+                    priority=flight.terms.priority,
                     deadline=flight.deadline,
+                    session=flight.terms.session,
+                    expected_tokens=flight.terms.expected_tokens,
                 )
             )
 
@@ -158,9 +160,10 @@ class Dispatcher:
                 max_length=min(len(flight.prompt) + flight.sampling.max_tokens, self._longest),
                 sampling=flight.sampling,
                 seed=branch.seed,
-                namespace=flight.namespace,
-                priority=flight.priority,
+                namespace=flight.terms.namespace,
+                priority=flight.terms.priority,
                 deadline=flight.deadline,
+                expected_tokens=flight.terms.expected_tokens,
             )
         )
 

@@ -12,6 +12,7 @@ from preble.errors import PrebleError, RequestFailed
 from preble.outputs import Chunk, Completion, FinishReason, GenerationOutput, Timing, TokenLogprob, Usage
 from preble.sampling import SamplingParams
 from preble.sched.placement import Placement
+from preble.terms import Terms
 
 if TYPE_CHECKING:
     from preble.engine.messages import Delta
@@ -88,11 +89,9 @@ class Flight:
         request_id: str,
         prompt: Tokens,
         sampling: SamplingParams,
+        terms: Terms,
         *,
         cluster_seed: int,
-        namespace: str,
-        priority: int,
-        deadline: float | None,
         submitted: float,
         on_end: Callable[[], object],
     ) -> None:
@@ -100,10 +99,9 @@ class Flight:
         self.prompt = prompt
         self.sampling = sampling
         self.seed = sampling.seed if sampling.seed is not None else _derived_seed(cluster_seed, request_id)
-        self.namespace = namespace
-        self.priority = priority
-        self.deadline = deadline
+        self.terms = terms
         self.submitted = submitted
+        self.deadline = None if terms.timeout is None else submitted + terms.timeout
         self.started: float | None = None
         self.first_token: float | None = None
         self.last_token: float | None = None

@@ -229,7 +229,7 @@ def test_an_explanation_has_the_terms_of_every_replica() -> None:
     home = world.run(DOCUMENT).replica
     explanation = world.scheduler.explain(ask(1), now=0.0)
     assert (explanation.replica, explanation.reason) == (home, "exploit")
-    terms = {"load_seconds", "prefill_seconds", "queued_seconds", "eviction_seconds", "preference_seconds"}
+    terms = {"load_seconds", "prefill_seconds", "wait_seconds", "eviction_seconds", "preference_seconds"}
     assert all(set(one.costs) == terms for one in explanation.candidates)
     assert "prefill_seconds" in str(explanation)
     placement = world.submit(ask(1))

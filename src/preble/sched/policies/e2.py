@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,8 @@ class E2(Policy):
       window before, and more than a copy costs, the lightest replica without it gets a copy; one per half window. When
       waiting costs less than half a copy again, copies retire in the same rhythm.
     - *relieve*: a replica is left once waiting there rather than elsewhere costs more than `patience` times what
-      computing the prefix again does.
+      computing the prefix again does. Waiting is what all queued prefill takes in full steps, so small requests that
+      share a step do not count as many.
     - prefill/decode balance: exploration prefers replicas that mostly decode, by at most half of P: a preference, never
       an override, as that would herd.
     - late binding: a replica with more than `saturation` seconds of prefill in its queue, or with requests queued and
@@ -56,7 +58,7 @@ class E2(Policy):
         late_binding: … as above.
         th_bal: Th_bal in the paper.
         th_auto: how much a queueing time must grow for another copy.
-        patience: infinity never relieves.
+        patience: at least 1; infinity never relieves.
         saturation: seconds.
     """
 
@@ -119,19 +121,7 @@ class E2(Policy):
             for index in free:
                 if replicas[index].replica == self._redirected[1]:
                     return Choice(index, "rebalance", self._terms(view, index))
-        waiting = replicas[best].queued_prefill_seconds
-        shortest = min([replica.queued_prefill_seconds for replica in replicas])
-        # The least that leaving could cost, before looking closer: no more missed than by the runner-up.
-        runner_up = max([tokens for tokens in matched if tokens < longest], default=None)
-        if runner_up is not None and waiting > shortest:
-            other = matched.index(runner_up)
-            if waiting - shortest > self.patience * (self._prefill(view, other) - terms["prefill_seconds"]):
-                other = self._soonest(view, free)
-                saved = waiting - replicas[other].queued_prefill_seconds
-                extra = self._prefill(view, other) - terms["prefill_seconds"]
-                if saved > self.patience * extra and other not in holders:
-                    return Choice(other, "relieve", self._terms(view, other))
-        return Choice(best, "exploit", terms)
+        return self._relief(view, free, holders, best, longest, terms) or Choice(best, "exploit", terms)
 
     def _explore(self, view: View, free: Sequence[int]) -> Choice:
         best, terms = self._cheapest(view, free, preferring=True)
@@ -141,18 +131,42 @@ class E2(Policy):
         index = self._soonest(view, free)
         return Choice(index, "relieve", self._terms(view, index))
 
+    def _relief(
+        self,
+        view: View,
+        free: Sequence[int],
+        holders: Sequence[int],
+        best: int,
+        longest: int,
+        terms: Mapping[str, float],
+    ) -> Choice | None:
+        """Somewhere else, if the first token comes so much sooner there that computing the prefix again is worth it."""
+        replicas, matched = view.replicas, view.matched
+        runner_up = max([tokens for tokens in matched if tokens < longest], default=None)
+        if runner_up is None or not replicas[best].queued_prefill_tokens or self.patience == math.inf:
+            return None
+        prompt_tokens, price = view.request.prompt_tokens, terms["prefill_seconds"]
+        here = _drain_seconds(replicas[best], prompt_tokens - longest)
+        # The most that leaving could gain: an idle replica, and no more missed there than by the runner-up.
+        least = self._prefill(view, matched.index(runner_up))
+        if here - least <= (self.patience - 1) * (least - price):
+            return None
+        other = self._soonest(view, free)
+        if other in holders:
+            return None
+        gain = here - _drain_seconds(replicas[other], prompt_tokens - matched[other])
+        extra = self._prefill(view, other) - price
+        if gain <= 0 or gain <= (self.patience - 1) * extra:
+            return None
+        return Choice(other, "relieve", self._terms(view, other))
+
     def _soonest(self, view: View, free: Sequence[int]) -> int:
         """Where the request would get its first token first, by what is queued and what it misses."""
-        replicas, matched = view.replicas, view.matched
-        prefill: dict[int, float] = {}
+        replicas, matched, prompt_tokens = view.replicas, view.matched, view.request.prompt_tokens
         best: list[int] = []
         soonest = 0.0
         for index in free:
-            replica, tokens = replicas[index], matched[index]
-            seconds = prefill.get(tokens)
-            if seconds is None:
-                seconds = prefill[tokens] = self._prefill(view, index)
-            seconds += replica.queued_prefill_seconds
+            seconds = _drain_seconds(replicas[index], prompt_tokens - matched[index])
             if not best or seconds < soonest:
                 best, soonest = [index], seconds
             elif seconds == soonest:
@@ -196,7 +210,7 @@ class E2(Policy):
         terms = {
             "load_seconds": load,
             "prefill_seconds": prefill,
-            "queued_seconds": replicas[index].queued_prefill_seconds,
+            "wait_seconds": _drain_seconds(replicas[index]),
         }
         if self.eviction_cost:
             terms["eviction_seconds"] = eviction
@@ -229,7 +243,7 @@ class E2(Policy):
         terms = {
             "load_seconds": replica.window_prefill_seconds + replica.window_decode_seconds,
             "prefill_seconds": self._prefill(view, index),
-            "queued_seconds": replica.queued_prefill_seconds,
+            "wait_seconds": _drain_seconds(replica),
         }
         if eviction and self.eviction_cost:
             terms["eviction_seconds"] = view.eviction_seconds(index)
@@ -255,7 +269,8 @@ class E2(Policy):
             for index, replica in enumerate(replicas)
             if not replica.queued
             or (
-                replica.queued_prefill_seconds <= limit
+                # The sum of what each of them costs alone is a quick upper bound: they will share steps.
+                (replica.queued_prefill_seconds <= limit or _drain_seconds(replica) <= limit)
                 and (
                     replica.total_pages * replica.page_size <= replica.capacity_tokens
                     or replica.unique_pages * replica.page_size <= replica.capacity_tokens
@@ -330,3 +345,12 @@ def _decode_share(replica: ReplicaView) -> float:
     """The part of its load that is decoding; one half before there is any."""
     load = replica.window_prefill_seconds + replica.window_decode_seconds
     return replica.window_decode_seconds / load if load > 0.0 else 0.5
+
+
+def _drain_seconds(replica: ReplicaView, more: int = 0) -> float:
+    """How long it takes to compute all that is queued for prefill, and so many tokens more, in steps as full as can
+    be."""
+    full, rest = divmod(replica.queued_prefill_tokens + more, replica.max_batched_tokens)
+    cost = replica.cost
+    seconds = cost.prefill_seconds(rest) if rest else 0.0
+    return seconds + full * cost.prefill_seconds(replica.max_batched_tokens) if full else seconds
