@@ -252,18 +252,6 @@ def test_a_preempted_request_keeps_its_age() -> None:
     assert admission_order(scheduler, now=2.0)[1:] == ["first", "second"], "it was admitted once before"
 
 
-def test_a_step_that_preempts_admits_nobody() -> None:
-    scheduler = LocalScheduler(pages=11, page_size=2, max_batched_tokens=16)
-    start(scheduler, *(sequence(name, [token], new=10, expected_tokens=3) for token, name in enumerate("abc")))
-    scheduler.add(sequence("tiny", [77], new=1, priority=-1), now=0.0)
-    while not scheduler.preemptions:
-        scheduler.take_events()
-        plan = scheduler.plan(now=0.0)
-        assert plan is not None
-        scheduler.commit(plan, [(9, False)] * len(plan.chunks))
-    assert [type(event) for event in scheduler.take_events() if isinstance(event, (Admitted, Preempted))] == [Preempted]
-
-
 def test_a_preempted_request_is_reported_and_counted_once() -> None:
     scheduler = LocalScheduler(pages=64, page_size=2, max_batched_tokens=16)
     one = sequence("one", [1, 2, 3, 4, 5], new=4)

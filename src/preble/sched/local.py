@@ -146,15 +146,13 @@ class LocalScheduler:
         The engine computes the chunks and reports with `commit`, before the next `plan`.
         """
         plan = StepPlan()
-        preemptions = self.preemptions
         for sequence in self.running[:]:
             if sequence.remaining == 1 and sequence.node is not None:
                 self._schedule(plan, sequence)
         for sequence in self.running[:]:
             if sequence.remaining > 1 and sequence.node is not None:
                 self._schedule(plan, sequence)
-        # Where pages just ran out, nobody is admitted: it would be one of those that had to leave.
-        if self.waiting and self.preemptions == preemptions:
+        if self.waiting:
             self._look_again()
             self._admit(plan, now)
         return plan if plan.chunks else None
@@ -295,7 +293,6 @@ class LocalScheduler:
     def _admit(self, plan: StepPlan, now: float) -> None:
         """Start waiting requests while there is room in the step, among the running, and on the pages."""
         budget = PageBudget(self.running, self.cache, self._outputs)
-        preemptions = self.preemptions
         passing: set[Sequence] = set()
         looks = LOOKS
         while (
@@ -323,7 +320,7 @@ class LocalScheduler:
             for one in passing:
                 one.passed += 1
             self._start(sequence)
-            if not self._schedule(plan, sequence) or self.preemptions > preemptions:
+            if not self._schedule(plan, sequence):
                 return
 
     def _start(self, sequence: Sequence) -> None:
