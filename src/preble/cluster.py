@@ -189,8 +189,8 @@ class Cluster:
             timeout: seconds until `RequestTimeout`, waiting included.
             namespace: prefixes are shared only between requests of one namespace (a tenant, say).
             request_id: your own name for the request, unique among those in flight.
-            session: a name for the conversation or agent it belongs to, unique within the namespace; a hint that keeps it
-                on one replica where that costs nothing.
+            session: a name for the conversation or agent it belongs to, unique within the namespace; a hint that keeps
+                it on one replica where that costs nothing.
             expected_tokens: how many tokens it will probably generate; a hint, learned per prefix where it is left out.
             options: any field of `SamplingParams` by keyword.
 

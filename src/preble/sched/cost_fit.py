@@ -60,8 +60,9 @@ class FittedCost(CostModel):
         self.name = f"fitted (from {self.origin})"
         self.steps = 0
         """Timings learned from; those not believed are not counted."""
-        self._current: CostModel = start._current if isinstance(start, FittedCost) else start
-        self._start = self._current
+        self.model: CostModel = start.model if isinstance(start, FittedCost) else start
+        """What it predicts with, until it learns again."""
+        self._start = self.model
         self._terms: Array | None = None
         self._next_fit = FIRST_FIT
         self._new: list[tuple[float, ...]] = []
@@ -69,39 +70,37 @@ class FittedCost(CostModel):
         self._prefills = self._decodes = self._points[:0]
 
     def step_seconds(self, prefills: Sequence[tuple[int, int]], decodes: int, decode_context: int) -> float:
-        return self._current.step_seconds(prefills, decodes, decode_context)
+        return self.model.step_seconds(prefills, decodes, decode_context)
 
     def prefill_seconds(self, new_tokens: int, cached_tokens: int = 0) -> float:
-        return self._current.prefill_seconds(new_tokens, cached_tokens)
+        return self.model.prefill_seconds(new_tokens, cached_tokens)
 
     def decode_seconds(self, decodes: int, context_tokens: int) -> float:
-        return self._current.decode_seconds(decodes, context_tokens)
+        return self.model.decode_seconds(decodes, context_tokens)
 
     def observe(self, event: StepTimed) -> None:
         """Learn from a step. One whose time or sums cannot be true is ignored."""
-        tokens, decodes, context, seconds = event.new_tokens, event.decodes, event.context_tokens, event.seconds
-        if not (SHORTEST <= seconds <= LONGEST and 0 <= decodes <= tokens and 0 < tokens <= context <= MOST_TOKENS):
+        shape = _shape(event)
+        if shape is None:
             return
-        computed, attended, pairs = tokens - decodes, 0, 0
-        if computed:
-            # A chunk of c tokens on s, beside decodes on d in all: context is s + d and pairs c s + d, which differ by
-            # (c - 1) s. If pairs are not known, every request is taken to attend to equally many tokens.
-            known = context < event.attended_pairs <= tokens * context
-            if known and decodes and computed > 1:
-                attended = (event.attended_pairs - context) // (computed - 1)
-            else:
-                attended = context // (decodes + 1)
-            attended = min(max(attended, computed), context - decodes)
-            pairs = event.attended_pairs - (context - attended) if known else computed * attended
-        self._new.append(_row(self._start, computed, attended, pairs, decodes, context - attended, seconds))
+        computed, attended, pairs, decodes, decode_context = shape
+        self._new.append(_row(self._start, computed, attended, pairs, decodes, decode_context, event.seconds))
         self.steps += 1
         if self.steps >= self._next_fit:
             self._learn()
             self._next_fit = self.steps + min(max(self.steps // 2, FIRST_FIT), LONGEST_WAIT)
 
+    def expected_seconds(self, event: StepTimed) -> float | None:
+        """How long it would have expected the step to take; `None` if its time or sums cannot be true."""
+        shape = _shape(event)
+        if shape is None:
+            return None
+        computed, attended, _, decodes, decode_context = shape
+        return self.model.step_seconds(((computed, attended),) if computed else (), decodes, decode_context)
+
     def to_dict(self) -> dict[str, Any]:
         """What it predicts, in types that JSON knows, for `from_dict`."""
-        model = self._current
+        model = self.model
         if not isinstance(model, PiecewiseCost):
             model = _model(self.name, self._fit())
         return {
@@ -141,7 +140,7 @@ class FittedCost(CostModel):
         self._prefills = np.concatenate((self._prefills, new[prefill]))[-KEPT_STEPS:]
         self._decodes = np.concatenate((self._decodes, new[~prefill]))[-KEPT_STEPS:]
         self._terms = self._fit()
-        self._current = _model(self.name, self._terms)
+        self.model = _model(self.name, self._terms)
 
     def _fit(self) -> Array:
         """The terms that suit the remembered steps best: float64 [base terms + prices], none negative."""
@@ -162,6 +161,27 @@ class FittedCost(CostModel):
         error = np.abs(seconds - predicted) / scale
         weighted = features * (weights / (scale * scale * np.maximum(error / TOLERANCE, 1.0)))[:, None]
         return _nonnegative_least_squares(weighted.T @ features, weighted.T @ seconds, guess)
+
+
+def _shape(event: StepTimed) -> tuple[int, int, int, int, int] | None:
+    """A step as prefill tokens, what they attended to, the pairs of both, decodes, and their context; `None` if its time
+    or sums cannot be true."""
+    tokens, decodes, context = event.new_tokens, event.decodes, event.context_tokens
+    if not (SHORTEST <= event.seconds <= LONGEST and 0 <= decodes <= tokens and 0 < tokens <= context <= MOST_TOKENS):
+        return None
+    computed = tokens - decodes
+    if not computed:
+        return 0, 0, 0, decodes, context
+    # A chunk of c tokens on s, beside decodes on d in all: context is s + d and pairs c s + d, which differ by (c - 1) s.
+    # If pairs are not known, every request is taken to attend to equally many tokens.
+    known = context < event.attended_pairs <= tokens * context
+    if known and decodes and computed > 1:
+        attended = (event.attended_pairs - context) // (computed - 1)
+    else:
+        attended = context // (decodes + 1)
+    attended = min(max(attended, computed), context - decodes)
+    pairs = event.attended_pairs - (context - attended) if known else computed * attended
+    return computed, attended, pairs, decodes, context - attended
 
 
 def _points(start: CostModel) -> list[tuple[float, ...]]:

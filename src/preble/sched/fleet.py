@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from preble.errors import InvalidRequest
-from preble.sched.cost import CostModel
 from preble.sched.event_order import EventOrder
 from preble.sched.explanation import Candidate
 from preble.sched.invariants import require
@@ -14,6 +13,7 @@ from preble.sched.lots import Lots
 from preble.sched.policies.base import NO_COSTS
 from preble.sched.prefix_stats import PrefixStats
 from preble.sched.prefix_tree import Match, PrefixTree
+from preble.sched.replica_cost import ReplicaCost
 from preble.sched.request import Request
 from preble.sched.sessions import Sessions
 from preble.sched.traffic import Traffic
@@ -59,7 +59,7 @@ class Fleet:
 
     # Replicas come and go
 
-    def add(self, *, capacity_tokens: int, max_batched_tokens: int, cost: CostModel) -> int:
+    def add(self, *, capacity_tokens: int, max_batched_tokens: int, cost: ReplicaCost) -> int:
         """One more replica, with an empty cache; returns its number."""
         if capacity_tokens < self.page_size:
             raise InvalidRequest(f"capacity_tokens={capacity_tokens} is less than a page of {self.page_size} tokens")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 
-from preble.sched.cost import CostModel
 from preble.sched.invariants import require, require_close
 from preble.sched.replica_cache import ReplicaCache
+from preble.sched.replica_cost import ReplicaCost
 from preble.sched.request import Request
 
 
@@ -68,7 +68,7 @@ class Ledger:
         capacity_tokens: int,
         page_size: int,
         max_batched_tokens: int,
-        cost: CostModel,
+        cost: ReplicaCost,
         cache: ReplicaCache,
     ) -> None:
         self.replica = replica

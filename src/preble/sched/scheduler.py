@@ -28,6 +28,7 @@ from preble.sched.ledger import Ledger
 from preble.sched.lots import Lots
 from preble.sched.placement import Placement, Waiting
 from preble.sched.policies import Choice, Policy, ReplicaView, View, make_policy
+from preble.sched.replica_cost import ReplicaCost
 from preble.sched.request import Request
 from preble.sched.token_ids import TokenIds, as_tokens
 from preble.sched.waiting import WaitingQueue
@@ -55,7 +56,7 @@ class GlobalScheduler:
         policy: name of a policy, or an object of your own (`preble.sched.Policy`), which then serves this scheduler
             only.
         cost: what steps cost at first: name of a preset (`preble.sched.PRESETS`), or a model. `StepTimed` events
-            correct it, for each replica by itself.
+            correct it, for all replicas that began with it together, and each by a factor of its own.
         seed: of the lots drawn between equal replicas.
         window: H in the paper: seconds for which load counts, and for which a prefix is remembered that no replica
             holds.
@@ -85,7 +86,8 @@ class GlobalScheduler:
         if not 0 <= window < float("inf"):
             raise InvalidRequest(f"window must be at least 0 seconds and finite, not {window}")
         self._policy = make_policy(policy)
-        self._cost = make_cost(cost)
+        self._cost = cost
+        self._kinds: dict[str | CostModel, FittedCost] = {cost: FittedCost(make_cost(cost))}
         self._capacity_tokens = capacity_tokens
         self._max_batched_tokens = max_batched_tokens
         self._lots = Lots(seed)
@@ -249,7 +251,7 @@ class GlobalScheduler:
         number = self._fleet.add(
             capacity_tokens=self._capacity_tokens if capacity_tokens is None else capacity_tokens,
             max_batched_tokens=self._max_batched_tokens if max_batched_tokens is None else max_batched_tokens,
-            cost=FittedCost(self._cost if cost is None else make_cost(cost)),
+            cost=ReplicaCost(self._kind(self._cost if cost is None else cost)),
         )
         self._review()
         return number
@@ -362,6 +364,15 @@ class GlobalScheduler:
             submitted=max(now, self._now),
         )
 
+    def _kind(self, cost: str | CostModel) -> FittedCost:
+        """What replicas that begin with this cost model learn together: all of a name, or of the scheduler's own."""
+        kind = self._kinds.get(cost)
+        if kind is None:
+            kind = FittedCost(make_cost(cost))
+            if isinstance(cost, str):
+                self._kinds[cost] = kind
+        return kind
+
     def _advance(self, now: float) -> None:
         if now > self._now:
             self._now = now
@@ -453,7 +464,6 @@ class GlobalScheduler:
             self._fleet.tree.evict(ledger.cache, news)
 
     def _step_timed(self, ledger: Ledger, event: StepTimed) -> None:
-        assert isinstance(ledger.cost, FittedCost)
         ledger.cost.observe(event)
 
     def _down(self, ledger: Ledger, event: ReplicaDown) -> None:
