@@ -12,7 +12,6 @@ from preble.sched.cost import CostModel
 from preble.sched.cost_fit import FittedCost
 from preble.sched.cost_presets import GENERIC
 from preble.sched.events import Admitted, Event, Evicted, Finished, Preempted, Progressed, StepTimed, Stored
-from preble.sched.hashing import Tokens
 from preble.sched.invariants import require
 from preble.sched.orders import find_order
 from preble.sched.orders.queue import WaitingQueue
@@ -38,13 +37,13 @@ class LocalScheduler:
     then preempts the youngest request of the lowest priority: its computed pages go to the prefix cache, it goes back
     to the queue with its tokens.
 
-    Waiting requests are served by priority (higher first), then those whose deadline presses, then in an order of choice
-    (`preble.sched.orders`); `WaitingQueue` states the bound of every wait. There are no exceptions to whose turn it is
+    Waiting requests are served by priority (higher first), then those whose deadline presses, then in an order of
+    choice (`preble.sched.orders`); `WaitingQueue` states the bound of every wait. There are no exceptions to whose turn it is
     but one: a request whose prefix a running one is just computing lets others pass until that prefix is there, rather
     than computing it a second time, and at most `MOST_PASSED` of them. Who is first and does not fit is waited for.
 
-    A request is admitted when the pages will suffice for it and for those beside it, by the outputs expected rather than
-    the longest allowed (`PageBudget`).
+    A request is admitted when the pages will suffice for it and for those beside it, by the outputs expected rather
+    than the longest allowed (`PageBudget`).
 
     Args:
         pages: KV pages of the replica.

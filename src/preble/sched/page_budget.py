@@ -23,8 +23,8 @@ class PageBudget:
     """The pages that running requests will need and give back, forecast for the admissions of one step.
 
     Every request grows by a token per step until it ends, and then gives back what it held alone. With the probability
-    that it is still going on (`OutputLengths`), that makes a number of pages needed in all that is to be expected at any
-    time ahead. A request fits if with it that number and a margin are within the pages available now, at all those
+    that it is still going on (`OutputLengths`), that makes a number of pages needed in all that is to be expected at
+    any time ahead. A request fits if with it that number and a margin are within the pages available now, at all those
     times. The margin is one standard deviation of the number, and a page for each running request. A hint
     (`Sequence.expected_tokens`) is believed until the output outgrows it.
     """
