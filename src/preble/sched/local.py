@@ -38,9 +38,10 @@ class LocalScheduler:
     to the queue with its tokens.
 
     Waiting requests are served by priority (higher first), then those whose deadline presses, then in an order of
-    choice (`preble.sched.orders`); `WaitingQueue` states the bound of every wait. There are no exceptions to whose turn it is
-    but one: a request whose prefix a running one is just computing lets others pass until that prefix is there, rather
-    than computing it a second time, and at most `MOST_PASSED` of them. Who is first and does not fit is waited for.
+    choice (`preble.sched.orders`); `WaitingQueue` states the bound of every wait. There are no exceptions to whose
+    turn it is but one: a request whose prefix a running one is just computing lets others pass until that prefix is
+    there, rather than computing it a second time, and at most `MOST_PASSED` of them. Who is first and does not fit is
+    waited for.
 
     A request is admitted when the pages will suffice for it and for those beside it, by the outputs expected rather
     than the longest allowed (`PageBudget`).
