@@ -23,9 +23,19 @@ class PageIndex:
         self.strangers = 0
         """How many there are."""
 
-    def insert(self, node: PrefixNode, names: list[int]) -> None:
-        """These pages are the node's. No strangers may be among them: `adopt` them first."""
-        self.entries.update(dict.fromkeys(names, node))
+    def insert(self, node: PrefixNode, names: list[int]) -> list[tuple[int, int]]:
+        """These pages are now the node's. Returns the strangers among them, which they are no longer: position in
+        `names` and the mask of the slots that hold it."""
+        entries = self.entries
+        strangers: list[tuple[int, int]] = []
+        for page, name in enumerate(names):
+            entry = entries.setdefault(name, node)
+            if entry is not node:
+                if type(entry) is int:
+                    strangers.append((page, entry))
+                entries[name] = node
+        self.strangers -= len(strangers)
+        return strangers
 
     def remove(self, names: list[int]) -> None:
         """These pages leave the tree."""
@@ -67,29 +77,18 @@ class PageIndex:
             else:
                 self.entries[name] = mask & ~cache.bit
 
-    def adopt(self, names: list[int]) -> Iterator[tuple[int, int]]:
-        """Strangers among pages that are new in the tree, which they are no longer: position in `names` and mask."""
-        entries = self.entries
-        if not self.strangers or entries.keys().isdisjoint(names):
-            return
-        for page, name in enumerate(names):
-            if name in entries:
-                mask = entries.pop(name)
-                assert isinstance(mask, int)
-                self.strangers -= 1
-                yield page, mask
-
     def runs(
         self, cache: ReplicaCache, hashes: Hashes, strange: Callable[[ReplicaCache, int], None]
     ) -> Iterator[tuple[PrefixNode, int]]:
         """An event's pages as runs: a node and the bits of its pages. The strangers are given to `strange`."""
-        names, raw = hashes.tolist(), hashes.tobytes()
+        raw = hashes.tobytes()
         entries = self.entries
-        at, count = 0, len(names)
+        at, count = 0, len(hashes)
         while at < count:
-            node = entries.get(names[at])
+            name = int(hashes[at])
+            node = entries.get(name)
             if type(node) is not PrefixNode:
-                strange(cache, names[at])
+                strange(cache, name)
                 at += 1
                 continue
             edge = node.hashes

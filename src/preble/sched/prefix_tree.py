@@ -109,13 +109,12 @@ class PrefixTree(RadixTree[PrefixNode]):
             node = self.extend(node, tokens, hashes=match.tail)
             names = match.tail.tolist()
             self.pages += len(names)
-            for page, holders in self._index.adopt(names):
+            for page, holders in self._index.insert(node, names):
                 while holders:
                     holder = self._caches[(holders & -holders).bit_length() - 1]
                     holders &= holders - 1
                     del holder.unknown[names[page]]
                     self._add(holder, node, 1 << page)
-            self._index.insert(node, names)
         self._uses.append((now, node))
         slot = cache.slot
         one = node
@@ -222,7 +221,11 @@ class PrefixTree(RadixTree[PrefixNode]):
                     for slot, bits in one.resident.items():
                         if lost >> slot & 1:
                             leading = (~bits & (bits + 1)).bit_length() - 1
-                            found[slot] = min(start + leading * self.page_size, matched)
+                            reached = start + leading * self.page_size
+                            if reached < matched:
+                                found[slot] = reached
+                            else:  # the match ends inside this edge, and strangers may go on from there
+                                cover |= 1 << slot
                 mask &= cover
                 if not mask:
                     return found
