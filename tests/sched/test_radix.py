@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preble.sched.radix import Node, RadixTree
+from preble.sched.radix import LONG, Node, RadixTree
 
 
 class Counted(Node):
@@ -83,11 +83,25 @@ def test_a_walk_goes_on_from_any_node() -> None:
     longer = np.array([1, 2, 3, 4, 5, 6, 7], np.int32)
     leaf = insert(tree, "", longer)
     assert tree.walk(end, longer) == (leaf, 6)
-    assert tree.walk(end, longer[4:], 4) == (leaf, 6)
-    assert tree.walk(end, longer[3:5], 3) == (end, 4)
-    assert tree.extend(leaf, np.array([6, 7, 8, 9, 9], np.int32), 5).tokens.tolist() == [7, 8, 9, 9]
+    assert tree.walk(end, longer[:5]) == (end, 4)
+    assert tree.walk(end, longer[:4]) == (end, 4)
+    assert tree.extend(leaf, np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9], np.int32)).tokens.tolist() == [7, 8, 9, 9]
     tree.check()
     assert tree.walk(leaf, longer[:4]) == (leaf, 6), "a prompt that ends before the node has nothing to walk"
+
+
+@pytest.mark.parametrize("length", [LONG // 2, 2 * LONG])
+def test_edges_of_any_length_match_up_to_the_first_difference(length: int) -> None:
+    tree = CountedTree(Counted, 4)
+    tokens = np.arange(length, dtype=np.int32)
+    leaf = insert(tree, "", tokens)
+    assert tree.match("", tokens) == (leaf, length)
+    assert tree.match("", tokens[:-1]) == (leaf, length - 4)
+    assert tree.match("", np.append(tokens, tokens)) == (leaf, length)
+    for differs in (5, length // 2, length - 1):
+        changed = tokens.copy()
+        changed[differs] += 1
+        assert tree.match("", changed) == (leaf, differs - differs % 4)
 
 
 def test_a_split_keeps_the_old_node_below() -> None:

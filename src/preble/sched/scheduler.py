@@ -374,11 +374,13 @@ class GlobalScheduler:
         return kind
 
     def _advance(self, now: float) -> None:
-        if now > self._now:
+        later = now > self._now
+        if later:
             self._now = now
-            self._fleet.sweep(now)
-            if now - self._reviewed >= self._policy.review_every:
-                self._review()
+        # Also when no time passed: a burst must be forgotten as fast as it came in.
+        self._fleet.sweep(self._now)
+        if later and now - self._reviewed >= self._policy.review_every:
+            self._review()
 
     def _review(self) -> None:
         self._reviewed = self._now
