@@ -162,14 +162,14 @@ class Fleet:
         request.ledger.admit(request, cached_tokens)
         if not request.admitted:
             request.admitted = True
-            stats = self._key_stats(request, now)
+            request.stats = stats = self._key_stats(request, now)
             if stats is not None:
                 stats.waited(now - request.submitted, now, self.window)
 
     def finished(self, request: Request, now: float) -> None:
         """A request ended on its replica, having done what it came for."""
         self.traffic.ended(now - request.submitted, request.output_tokens)
-        stats = self._key_stats(request, now)
+        stats = request.stats or self._key_stats(request, now)
         if stats is not None:
             stats.ended(request.output_tokens)
         self.leave(request)

@@ -169,8 +169,8 @@ class PrefixTree(RadixTree[PrefixNode]):
         `node` itself the tokens up to position `stop` count. (Preble, section 2: it decides where a prompt belongs.)"""
         parent = node.parent
         while parent is not None:
-            start = node.start
-            if min(stop, node.end) - start > start:
+            start, end = node.start, node.end
+            if (stop if stop < end else end) - start > start:
                 return node
             node = parent  # type: ignore[assignment]  # as above
             parent = node.parent

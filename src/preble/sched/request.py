@@ -10,6 +10,7 @@ from preble.sched.hashing import Tokens
 if TYPE_CHECKING:
     from preble.sched.ledger import Ledger, Share
     from preble.sched.prefix_node import PrefixNode
+    from preble.sched.prefix_stats import PrefixStats
 
 
 class Request:
@@ -48,6 +49,7 @@ class Request:
         "request_id",
         "session",
         "share",
+        "stats",
         "submitted",
         "tokens",
         "urgency",
@@ -87,6 +89,8 @@ class Request:
         self.ledger: Ledger | None = None
         self.node: PrefixNode | None = None
         """Where the prompt's whole pages end in the tree, while it is on a replica."""
+        self.stats: PrefixStats | None = None
+        """The books of the key portion that it shares with others, once it was admitted."""
         self.share: Share | None = None
         """Its part in the replica's load of the window."""
         self.queued = False

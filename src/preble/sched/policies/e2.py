@@ -89,6 +89,8 @@ class E2(Policy):
         self.saturation = saturation
         self._redirected: tuple[int, int] | None = None
         """The replica that is too heavy, and the light one that gets its requests."""
+        self._paces: dict[int, float] = {}
+        """Seconds per token of a full prefill step, as of the last review."""
 
     # Deciding
 
@@ -162,11 +164,14 @@ class E2(Policy):
 
     def _soonest(self, view: View, free: Sequence[int]) -> int:
         """Where the request would get its first token first, by what is queued and what it misses."""
-        replicas, matched, prompt_tokens = view.replicas, view.matched, view.request.prompt_tokens
+        replicas, matched, paces = view.replicas, view.matched, self._paces
+        prompt_tokens = view.request.prompt_tokens
         best: list[int] = []
         soonest = 0.0
         for index in free:
-            seconds = _drain_seconds(replicas[index], prompt_tokens - matched[index])
+            replica = replicas[index]
+            tokens = replica.queued_prefill_tokens + prompt_tokens - matched[index]
+            seconds = tokens * paces.get(replica.replica, 1.0)
             if not best or seconds < soonest:
                 best, soonest = [index], seconds
             elif seconds == soonest:
@@ -259,24 +264,26 @@ class E2(Policy):
     # Late binding
 
     def accepts(self, replicas: Sequence[ReplicaView]) -> bool:
-        return not self.late_binding or bool(self._free(replicas))
+        return not self.late_binding or len(self._free(replicas)) > 0
 
-    def _free(self, replicas: Sequence[ReplicaView]) -> list[int]:
+    def _free(self, replicas: Sequence[ReplicaView]) -> Sequence[int]:
         """Those that are not saturated."""
         limit = self.saturation
-        return [
-            index
-            for index, replica in enumerate(replicas)
-            if not replica.queued
-            or (
-                # The sum of what each of them costs alone is a quick upper bound: they will share steps.
-                (replica.queued_prefill_seconds <= limit or _drain_seconds(replica) <= limit)
-                and (
-                    replica.total_pages * replica.page_size <= replica.capacity_tokens
-                    or replica.unique_pages * replica.page_size <= replica.capacity_tokens
-                )
-            )
-        ]
+        everybody = range(len(replicas))
+        # What each request costs alone adds up to more than what they cost together, and pages counted once per request
+        # to more than there are: these sums are at hand, and nearly always answer the question.
+        if max([one.queued_prefill_seconds for one in replicas]) <= limit and not any(
+            one.total_pages * one.page_size > one.capacity_tokens for one in replicas
+        ):
+            return everybody
+        return [index for index in everybody if not self._is_saturated(replicas[index])]
+
+    def _is_saturated(self, replica: ReplicaView) -> bool:
+        if not replica.queued:
+            return False
+        if replica.unique_pages * replica.page_size > replica.capacity_tokens:
+            return True
+        return replica.queued_prefill_seconds > self.saturation and _drain_seconds(replica) > self.saturation
 
     # Autoscaling
 
@@ -328,6 +335,9 @@ class E2(Policy):
     # Rebalancing
 
     def review(self, replicas: Sequence[ReplicaView], now: float) -> None:
+        self._paces = {
+            one.replica: one.cost.prefill_seconds(one.max_batched_tokens) / one.max_batched_tokens for one in replicas
+        }
         if not self.rebalancing or len(replicas) < 2:
             self._redirected = None
             return
