@@ -182,6 +182,18 @@ def test_patience_counts_what_is_missed_where_the_request_would_go() -> None:
     assert world.submit(ask(50)).replica == home, "1.2 s of waiting against 1 s of prefill, at a patience of 2"
 
 
+def test_relief_counts_seconds_rather_than_tokens() -> None:
+    world = World(2, rebalancing=False, autoscaling=False, prefill_decode_balance=False)
+    fast = world.scheduler.add_replica(cost=PerToken(0.0001))
+    for number in range(3):
+        assert world.submit(tokens(100_000 * (number + 1), 2000)).replica == fast
+    world.store(0, DOCUMENT)
+    placements = [world.submit(ask(number)) for number in range(12)]
+    relieved = [one.replica for one in placements if one.reason == "relieve"]
+    assert relieved, "1.2 s of waiting"
+    assert relieved[0] == fast, "6,000 tokens queue there, and are computed before 1,100 elsewhere"
+
+
 def test_of_two_holders_a_saturated_one_gets_nothing() -> None:
     world = World(3, patience=float("inf"), rebalancing=False, autoscaling=False)
     other = world.run(tokens(500_000, 8000)).replica

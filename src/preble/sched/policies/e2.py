@@ -149,8 +149,8 @@ class E2(Policy):
             return None
         prompt_tokens, price = view.request.prompt_tokens, terms["prefill_seconds"]
         here = _drain_seconds(replicas[best], prompt_tokens - longest)
-        # The most that leaving could gain: an idle replica, and no more missed there than by the runner-up.
-        least = self._prefill(view, matched.index(runner_up))
+        # The most that leaving could gain: the fastest replica is idle, and misses no more than the runner-up.
+        least = (prompt_tokens - runner_up) * min(self._paces.values(), default=0.0)
         if here - least <= (self.patience - 1) * (least - price):
             return None
         other = self._soonest(view, free)
