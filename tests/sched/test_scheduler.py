@@ -13,7 +13,7 @@ import pytest
 
 from preble.errors import InvalidRequest
 from preble.sched import (
-    Admitted,
+    POLICIES,
     Evicted,
     Finished,
     GlobalScheduler,
@@ -26,6 +26,7 @@ from preble.sched import (
     Waiting,
 )
 from preble.sched.hashing import namespace_salt, page_hashes
+from preble.sched.testing import leads_to
 
 PAGE = 4
 PROMPT = list(range(10, 30))
@@ -85,39 +86,51 @@ def test_without_a_request_only_what_the_engine_said_counts() -> None:
     one.check()
 
 
-def test_the_next_turn_of_a_conversation_matches_prompt_and_answer() -> None:
+def test_the_next_turn_of_a_conversation_matches_prompt_and_answer_once_these_are_stored() -> None:
+    """No event tells the answer's tokens: its pages are found by their hashes."""
     one = scheduler(4)
     replica = placed(one.submit("turn 1", PROMPT, now=0.0)).replica
-    answer = [7, 8, 9, 7, 8, 9, 7]
-    one.apply(Admitted(replica, "turn 1", 0), now=0.0)
+    history = [*PROMPT, 7, 8, 9, 7, 8, 9, 7, 8, 9]
     one.apply(Stored(replica, 1, "", names(PROMPT)), now=0.0)
-    for position, token in enumerate(answer):
-        event = Progressed(replica, "turn 1", len(PROMPT) + position, (token,))
-        one.apply(event, now=1.0)
-        one.apply(event, now=1.0)
-    history = PROMPT + answer
+    assert cached(one, history) == {replica: 20}
+    one.apply(Stored(replica, 3, "", names(history)[6:7]), now=1.0)
+    assert cached(one, history) == {replica: 20}, "a page is missing before it"
     one.apply(Stored(replica, 2, "", names(history)[5:6]), now=1.0)
-    assert cached(one, history) == {replica: 20}, "the answer's tokens are not in the tree yet"
+    assert cached(one, history) == {replica: 28}, "while it is still generating"
     one.apply(Finished(replica, "turn 1"), now=2.0)
-    assert cached(one, history) == {replica: 24}
+    assert one.explain(history, now=2.0).candidates[replica].confirmed_tokens == 28
+    assert one.tree_pages == 5, "output is not in the tree"
     turn = placed(one.submit("turn 2", [*history, 1, 2, 3, 4, 5], now=3.0))
-    assert (turn.replica, turn.cached_tokens) == (replica, 24)
+    assert (turn.replica, turn.reason, turn.cached_tokens) == (replica, "exploit", 28)
+    one.apply(Evicted(replica, 4, "", names(history)[6:7]), now=4.0)
+    assert cached(one, history) == {replica: 28}, "promised again, by the second turn"
+    one.apply(Finished(replica, "turn 2"), now=5.0)
+    assert cached(one, history) == {replica: 24}
     one.check()
 
 
-def test_generated_tokens_go_where_they_belong() -> None:
-    """Several at once, and again from the start after another replica took over; behind a gap nothing is known."""
+def test_a_prompt_is_promised_until_it_ends_whatever_is_evicted_meanwhile() -> None:
+    one = scheduler()
+    replica = placed(one.submit("a", PROMPT, now=0.0)).replica
+    one.apply(Stored(replica, 1, "", names(PROMPT)), now=0.0)
+    one.apply(Evicted(replica, 2, "", names(PROMPT)[1:]), now=0.0)
+    assert cached(one, PROMPT) == {replica: 20}
+    assert one.explain(PROMPT, now=0.0).candidates[replica].confirmed_tokens == 4
+    one.cancel("a", now=0.0)
+    assert cached(one, PROMPT) == {replica: 4}
+    one.check()
+
+
+def test_a_replica_that_takes_over_a_request_is_the_one_that_will_have_it() -> None:
     one = scheduler(2)
     replica = placed(one.submit("a", PROMPT, now=0.0)).replica
+    one.apply(Stored(replica, 1, "", names(PROMPT)), now=0.0)
     one.apply(Progressed(replica, "a", 22, (1, 2, 3)), now=0.0)
     (again,) = one.apply(ReplicaDown(replica), now=0.0)
-    one.apply(Progressed(again.replica, "a", 20, (1,)), now=0.0)
-    one.apply(Progressed(again.replica, "a", 23, (2, 3, 4)), now=0.0)
-    one.apply(Progressed(again.replica, "a", 50, (9,)), now=0.0)
-    history = [*PROMPT, 1, 2, 3, 4]
-    one.apply(Stored(again.replica, 1, "", names(history)), now=0.0)
-    one.apply(Finished(again.replica, "a"), now=0.0)
-    assert cached(one, history) == {again.replica: 24}
+    assert cached(one, PROMPT) == {again.replica: 20}
+    (books,) = (one for one in one.replicas if one.replica == again.replica)
+    assert books.queued_prefill_tokens == 23, "its output is computed again as well"
+    one.check()
 
 
 def test_no_prefix_crosses_a_namespace() -> None:
@@ -137,72 +150,35 @@ def test_a_prompt_shorter_than_a_page_is_just_placed() -> None:
     one.check()
 
 
-def test_the_tree_is_bounded_by_what_is_held_and_what_was_used() -> None:
+def test_the_tree_is_bounded_by_what_is_held_shared_or_in_flight() -> None:
     one = scheduler(window=10.0)
     for n in range(300):
         now = float(n)
         replica = placed(one.submit(str(n), [n, *PROMPT], now=now)).replica
+        one.apply(Stored(replica, 2 * n + 1, "", names([n, *PROMPT])), now=now)
+        assert one.tree_pages <= 5 * 5
         one.apply(Finished(replica, str(n)), now=now)
-        assert one.tree_pages <= 11 * 5
+        if n >= 4:
+            gone = names([n - 4, *PROMPT])
+            for books in one.replicas:
+                one.apply(Evicted(books.replica, 2 * n + 2, "", gone), now=now)
     one.poll(1000.0)
+    assert one.tree_pages == 4 * 5, "what is held stays"
+    one.check()
+
+
+def test_a_shared_prefix_is_known_for_the_window_and_no_longer() -> None:
+    one = scheduler(window=10.0)
+    for name in "ab":
+        placed(one.submit(name, [*PROMPT, *PROMPT, ord(name)], now=0.0))
+    for name in "ab":
+        one.cancel(name, now=1.0)
+    assert one.tree_pages == 10
+    one.poll(10.0)
+    assert one.tree_pages == 10
+    one.poll(10.1)
     assert one.tree_pages == 0
     one.check()
-
-
-# The ledger
-
-
-def test_the_ledger_follows_a_request() -> None:
-    one = scheduler(1)
-    books = one.replicas[0]
-
-    def state() -> tuple[int, int, int, int]:
-        return books.in_flight, books.queued, books.queued_prefill_tokens, books.decoding
-
-    one.submit("a", PROMPT, now=0.0)
-    one.submit("b", PROMPT, now=0.0)
-    assert state() == (2, 2, 20 + 1, 0)
-    one.apply(Admitted(0, "a", 8), now=0.0)
-    assert state() == (2, 1, 12 + 1, 0)
-    one.apply(Progressed(0, "a", 19), now=0.0)
-    assert state() == (2, 1, 1 + 1, 0)
-    one.apply(Progressed(0, "a", 20, (5,)), now=0.0)
-    assert state() == (2, 1, 0 + 1, 1)
-    one.apply(Progressed(0, "a", 21, (6,)), now=0.0)
-    assert state() == (2, 1, 0 + 1, 1)
-    one.apply(Progressed(0, "a", 8), now=0.0)
-    assert state() == (2, 1, 14 + 1, 0), "preempted: prompt and output are computed again"
-    one.apply(Progressed(0, "a", 22, (7,)), now=0.0)
-    assert state() == (2, 1, 0 + 1, 1)
-    one.check()
-    one.apply(Finished(0, "a"), now=0.0)
-    assert state() == (1, 1, 1, 0)
-    one.cancel("b", now=0.0)
-    assert state() == (0, 0, 0, 0)
-    one.check()
-
-
-def leave_by_cancel(one: GlobalScheduler) -> None:
-    one.cancel("a", now=0.0)
-
-
-def leave_by_loss(one: GlobalScheduler) -> None:
-    one.apply(ReplicaDown(0), now=0.0)
-
-
-@pytest.mark.parametrize("leave", [leave_by_cancel, leave_by_loss])
-def test_a_request_that_left_is_off_the_books(leave: Callable[[GlobalScheduler], None]) -> None:
-    one = scheduler(1)
-    one.submit("a", PROMPT, now=0.0)
-    one.apply(Progressed(0, "a", 20, (5,)), now=0.0)
-    leave(one)
-    books = one.replicas[0]
-    assert (books.in_flight, books.queued_prefill_tokens, books.decoding) == (0, 0, 0)
-    assert cached(one, PROMPT) == {}
-    for event in (Admitted(0, "a", 4), Progressed(0, "a", 21, (6,)), Finished(0, "a")):
-        assert one.apply(event, now=0.0) == []
-    one.check()
-    assert one.cancel("never there", now=0.0) == []
 
 
 # Replicas come and go
@@ -224,8 +200,9 @@ def test_the_requests_of_a_lost_replica_move_with_their_ids() -> None:
     one.check()
 
 
-def test_requests_wait_while_no_replica_is_up() -> None:
-    one = scheduler(1)
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_requests_wait_while_no_replica_is_up(policy: str) -> None:
+    one = scheduler(1, policy)
     one.submit("a", PROMPT, now=0.0)
     assert one.apply(ReplicaDown(0), now=0.0) == []
     assert one.submit("b", PROMPT, now=0.0) == Waiting("b", "no replica is up")
@@ -286,6 +263,42 @@ def test_a_removed_replica_hands_back_its_requests() -> None:
     assert one.add_replica() == 1
     assert placed(one.submit("a", PROMPT, now=0.0)).replica == 1, "its id is free again"
     assert one.apply(Stored(0, 1, "", names(PROMPT)), now=0.0) == []
+    one.check()
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_removed_replica_leaves_no_trace(policy: str) -> None:
+    """Nothing that the scheduler still has leads to its books, its cache or what was in flight there."""
+    one = scheduler(3, policy, window=50.0)
+    for n in range(40):
+        prompt, now = [*PROMPT, n % 7, *PROMPT, n], float(n)
+        one.submit(str(n), prompt, now=now, session=str(n % 5), expected_tokens=3)
+        for books in one.replicas:
+            one.apply(Stored(books.replica, n + 1, "", names([*prompt, 1, 1, 1, 1, 1, 1])[: n % 13]), now=now)
+            one.apply(Progressed(books.replica, str(n), 42, (1,)), now=now)
+            if n % 3 == 0:
+                one.apply(Finished(books.replica, str(n)), now=now)
+    ledger = one._fleet.ledgers[0]
+    everything = [ledger, ledger.cache, *ledger.requests.values(), *ledger.shares]
+    slot, bit = ledger.cache.slot, ledger.cache.bit
+    assert ledger.cache.nodes
+    assert ledger.cache.unknown
+    assert ledger.sessions
+    assert leads_to(one, [ledger, ledger.cache])
+    lost = one.in_flight(0)
+    assert lost
+    assert one.remove_replica(0, now=40.0) == lost
+    assert leads_to(one, everything) == []
+    for node in one._fleet.tree.nodes():
+        assert slot not in node.resident
+        assert slot not in node.pins
+        assert not (node.full | node.cover) & bit
+    one.check()
+    for books in one.replicas[1:]:
+        one.remove_replica(books.replica, now=40.0)
+    one.remove_replica(one.replicas[0].replica, now=40.0)
+    one.poll(100.0)
+    assert (one.tree_pages, one.waiting, one.replicas) == (0, [], ())
     one.check()
 
 
@@ -456,17 +469,29 @@ def break_residency(one: GlobalScheduler) -> None:
     node.resident[0] = 1
 
 
-def break_prediction(one: GlobalScheduler) -> None:
+def break_pins(one: GlobalScheduler) -> None:
     node = next(iter(one._fleet.tree.nodes()))
-    node.predicted[0] = node.predicted.get(0, 0) + 1
+    node.pins[0] += 1
+
+
+def break_uses(one: GlobalScheduler) -> None:
+    one._fleet.tree._uses.clear()
 
 
 def break_queue(one: GlobalScheduler) -> None:
-    for node in one._fleet.tree.nodes():
-        node.predicted, node.ends, node.cover = {}, {}, 0
-    for request in one._requests.values():
-        request.prediction = None
-    one._fleet.tree._in_use.clear()
+    one._waiting.push(one._requests["a"])
+
+
+def break_window(one: GlobalScheduler) -> None:
+    one._fleet.ledgers[0].window_prefill_seconds += 1.0
+
+
+def break_sessions(one: GlobalScheduler) -> None:
+    one._fleet.ledgers[0].sessions.clear()
+
+
+def break_index(one: GlobalScheduler) -> None:
+    one._fleet.tree._index.entries.popitem()
 
 
 def break_state(one: GlobalScheduler) -> None:
@@ -474,11 +499,23 @@ def break_state(one: GlobalScheduler) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [break_ledger, break_requests, break_residency, break_prediction, break_queue, break_state]
+    "damage",
+    [
+        break_ledger,
+        break_requests,
+        break_residency,
+        break_pins,
+        break_uses,
+        break_queue,
+        break_window,
+        break_sessions,
+        break_index,
+        break_state,
+    ],
 )
 def test_check_notices(damage: Callable[[GlobalScheduler], None]) -> None:
     one = scheduler(1)
-    one.submit("a", PROMPT, now=0.0)
+    one.submit("a", PROMPT, now=0.0, session="talk")
     one.check()
     damage(one)
     with pytest.raises(AssertionError):

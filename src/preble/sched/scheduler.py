@@ -410,7 +410,8 @@ class GlobalScheduler:
 
     def _place_waiting(self) -> list[Placement]:
         placements: list[Placement] = []
-        while not self._waiting.empty and self._policy.accepts(self._fleet.eligible):
+        eligible = self._fleet.eligible
+        while eligible and not self._waiting.empty and self._policy.accepts(eligible):
             request = self._waiting.first()
             placement = self._place(request)
             if placement is None:
