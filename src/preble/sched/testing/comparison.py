@@ -149,7 +149,9 @@ class Comparison(RuleBasedStateMachine):
         """A request was submitted; `before` is what was explained just before. A hook for subclasses."""
 
     def must_wait(self, request: ModelRequest) -> None:
-        """The most urgent of the waiting requests waits though some replica is up. A hook for subclasses."""
+        """The most urgent of the waiting requests waits though some replica is up. A hook for subclasses; by itself it
+        asks that the policy waits for something."""
+        require(bool(self.running), f"{request.name} waits, and nothing is in flight that could release it")
 
     # What must hold
 
@@ -223,7 +225,7 @@ class Comparison(RuleBasedStateMachine):
         recent = [Arrival(self.now, (0, 1, 2) * self.page_size), *(one.arrival for one in self.running[-1:])]
         for arrival in recent:
             first, second = self.explain(arrival), self.explain(arrival)
-            require(first == second, f"explain said first {first}, then {second}")
+            require(first == second, f"explain said\n{first}\nand then\n{second}")
 
     def teardown(self) -> None:
         again = GlobalScheduler(0, policy=self.new_policy(), **self._options) if self._calls else None

@@ -36,6 +36,7 @@ class E2Machine(SchedulerMachine):
             require(answer.reason in ("exploit", "explore", "replicate"), f"{where}, and nothing is out of balance")
 
     def must_wait(self, request: ModelRequest) -> None:
+        super().must_wait(request)
         assert isinstance(self.policy, E2)
         for replica in self.eligible:
             books = self.books(replica)
