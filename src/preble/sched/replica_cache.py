@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 MOST_VICTIMS = 16
 """How many nodes are priced at a time, from the least recently used one on."""
 
+MOST_EVICTED = 0.125
+"""… or until they make up this part of the cache."""
+
 MOST_CHANGES = 64
 """Prices are worked out again after so many changes, or sooner where the cache has few nodes."""
 
@@ -109,6 +112,7 @@ class ReplicaCache:
     def _price(self) -> None:
         self._changes = self._evicted = 0
         pages, seconds, slot, size = [0], [0.0], self.slot, self._page_size
+        enough = self.capacity_pages * MOST_EVICTED
         for node in self.nodes:
             if slot in node.pins:
                 continue
@@ -116,6 +120,6 @@ class ReplicaCache:
             price = node.uses * self._prefill_seconds(count * size, node.start) if node.uses else 0.0
             pages.append(pages[-1] + count)
             seconds.append(seconds[-1] + price)
-            if len(pages) > MOST_VICTIMS:
+            if len(pages) > MOST_VICTIMS or pages[-1] > enough:
                 break
         self._victim_pages, self._victim_seconds = pages, seconds

@@ -20,7 +20,7 @@ from preble.bench.sched.peers import PEERS
 from preble.bench.sched.peers.worker import ANSWER, CASES, Case, Tally
 from preble.bench.sched.plan import REPLICAS, Plan
 from preble.bench.sched.results import ContestResult, Pace
-from preble.bench.sched.traffic import CAPACITY_TOKENS, IN_FLIGHT_PER_REPLICA, OUTPUT_TOKENS, QUEUED, Traffic
+from preble.bench.sched.traffic import CAPACITY_TOKENS, OUTPUT_TOKENS, QUEUED, Traffic, in_flight_per_replica
 from preble.bench.sched.workload import VOCABULARY, Workload
 from preble.sched import GlobalScheduler
 
@@ -93,7 +93,7 @@ class Contest:
                 replicas=REPLICAS,
                 page_size=PAGE_SIZE,
                 capacity_tokens=CAPACITY_TOKENS,
-                in_flight=IN_FLIGHT_PER_REPLICA * REPLICAS,
+                in_flight=in_flight_per_replica(prompt_tokens, CAPACITY_TOKENS) * REPLICAS,
                 queued=QUEUED,
                 output_tokens=OUTPUT_TOKENS,
             )

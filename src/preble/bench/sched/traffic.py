@@ -20,6 +20,8 @@ from preble.sched.hashing import Tokens
 RATE = 100.0
 """Requests that arrive per virtual second."""
 IN_FLIGHT_PER_REPLICA = 8
+SHARE_IN_FLIGHT = 0.5
+"""Of a replica's tokens, at most this part belongs to requests in flight: their pages cannot be evicted."""
 OUTPUT_TOKENS = 43
 """Per request; the mean of the paper's tool-use traces."""
 QUEUED = 8
@@ -55,6 +57,11 @@ class Times:
         return 1e9 / float(self.whole.mean())
 
 
+def in_flight_per_replica(prompt_tokens: int, capacity_tokens: int) -> int:
+    """How many requests of a length a replica works on, those included that wait there."""
+    return max(min(IN_FLIGHT_PER_REPLICA, int(SHARE_IN_FLIGHT * capacity_tokens / prompt_tokens)), 1)
+
+
 class Traffic:
     """A scheduler with its replicas, and the requests between them.
 
@@ -88,6 +95,7 @@ class Traffic:
         """Whole pages of the last request."""
         self._prompts = prompts
         self._page_size = page_size
+        self._capacity_tokens = capacity_tokens
         self._rate = rate
         self._outputs = np.random.default_rng(0).integers(VOCABULARY, size=(OUTPUTS, OUTPUT_TOKENS), dtype=np.int32)
         self._unplaced: dict[str, Flight] = {}
@@ -147,6 +155,7 @@ class Traffic:
         output = self._outputs[self.submitted % OUTPUTS]
         now = self.now
         self.submitted += 1
+        self.most_in_flight = in_flight_per_replica(len(prompt), self._capacity_tokens) * len(self.replicas)
         submit = self.scheduler.submit
         wall, began = perf_counter_ns(), thread_time_ns()
         answer = submit(request_id, prompt, now=now, max_tokens=OUTPUT_TOKENS)
