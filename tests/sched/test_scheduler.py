@@ -140,6 +140,12 @@ def test_no_prefix_crosses_a_namespace() -> None:
     assert cached(one, PROMPT) == {}
     assert cached(one, PROMPT, namespace="other") == {}
     assert cached(one, PROMPT, namespace="tenant") == {replica: 20}
+    other = placed(one.submit("b", PROMPT, now=0.0))
+    assert other.cached_tokens == 0
+    assert other.replica != replica
+    assert cached(one, PROMPT) == {other.replica: 20}
+    assert cached(one, PROMPT, namespace="tenant") == {replica: 20}
+    one.check()
 
 
 def test_a_prompt_shorter_than_a_page_is_just_placed() -> None:
@@ -370,6 +376,22 @@ def test_explain_says_what_submit_does_and_changes_nothing() -> None:
     assert before.candidates[after.replica].costs == after.costs
     assert one.explain([5, 5, 5, 5], now=0.0, namespace="unseen").candidates[0].cached_tokens == 0
     one.check()
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_asking_changes_no_decision(policy: str) -> None:
+    """Not even where lots decide."""
+
+    def decisions(questions: int) -> list[Placement | Waiting]:
+        one = scheduler(8, policy)
+        answers = []
+        for n in range(40):
+            for _ in range(questions):
+                one.explain([n % 9] * 8, now=float(n))
+            answers.append(one.submit(str(n), [n % 9] * 8, now=float(n)))
+        return answers
+
+    assert decisions(0) == decisions(3)
 
 
 def test_an_explanation_is_a_table() -> None:

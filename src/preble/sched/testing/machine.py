@@ -36,7 +36,7 @@ from preble.sched.testing.prompts import Prompt
 from preble.sched.testing.token_cost import TokenCost
 from preble.sched.testing.traces import leads_to
 
-HELD_BACK = 4
+HELD_BACK = 8
 """Most cache events of a replica that are on their way at any time."""
 
 MOST_REPLICAS = 4
