@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from preble.sched.explanation import Candidate, Explanation
     from preble.sched.placement import Placement, Waiting
-    from preble.sched.policies import POLICIES, E2, Choice, Policy, ReplicaView, RequestView, Stretch, TrafficView, View
+    from preble.sched.policies import E2, POLICIES, Choice, Policy, ReplicaView, RequestView, Stretch, TrafficView, View
     from preble.sched.scheduler import GlobalScheduler
 
 _HOMES = {

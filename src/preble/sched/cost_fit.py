@@ -164,16 +164,16 @@ class FittedCost(CostModel):
 
 
 def _shape(event: StepTimed) -> tuple[int, int, int, int, int] | None:
-    """A step as prefill tokens, what they attended to, the pairs of both, decodes, and their context; `None` if its time
-    or sums cannot be true."""
+    """A step as prefill tokens, what they attended to, the pairs of both, decodes, and their context; `None` if its
+    time or sums cannot be true."""
     tokens, decodes, context = event.new_tokens, event.decodes, event.context_tokens
     if not (SHORTEST <= event.seconds <= LONGEST and 0 <= decodes <= tokens and 0 < tokens <= context <= MOST_TOKENS):
         return None
     computed = tokens - decodes
     if not computed:
         return 0, 0, 0, decodes, context
-    # A chunk of c tokens on s, beside decodes on d in all: context is s + d and pairs c s + d, which differ by (c - 1) s.
-    # If pairs are not known, every request is taken to attend to equally many tokens.
+    # A chunk of c tokens on s, beside decodes on d in all: context is s + d and pairs c s + d, which differ by
+    # (c - 1) s. If pairs are not known, every request is taken to attend to equally many tokens.
     known = context < event.attended_pairs <= tokens * context
     if known and decodes and computed > 1:
         attended = (event.attended_pairs - context) // (computed - 1)
