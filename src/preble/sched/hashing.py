@@ -1,10 +1,10 @@
 """Page hashes: the 64-bit hash of a whole prefix, at every page boundary, in a few vectorised operations.
 
 The hash of a prefix is the sum over its tokens of `(token + 1) * weight(position)` modulo 2^64, with a pseudo-random
-odd weight for every position, plus a salt of the namespace. Two prompts that differ have equal hashes about as often as two
-random numbers; whoever wants a collision can compute one. That is good enough, as a hash guides scheduling hints, never
-correctness: engines compare the tokens themselves. A sum can be continued from any boundary, so a cache hashes only
-what is new.
+odd weight for every position, plus a salt of the namespace. Two prompts that differ have equal hashes about as often as
+two random numbers; whoever wants a collision can compute one. That is good enough, as a hash guides scheduling hints,
+never correctness: engines compare the tokens themselves. A sum can be continued from any boundary, so a cache hashes
+only what is new.
 """
 
 from __future__ import annotations
