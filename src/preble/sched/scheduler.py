@@ -87,7 +87,8 @@ class GlobalScheduler:
             raise InvalidRequest(f"window must be at least 0 seconds and finite, not {window}")
         self._policy = make_policy(policy)
         self._cost = cost
-        self._kinds: dict[str | CostModel, FittedCost] = {cost: FittedCost(make_cost(cost))}
+        self._own_kind = FittedCost(make_cost(cost))
+        self._kinds: dict[str, FittedCost] = {cost: self._own_kind} if isinstance(cost, str) else {}
         self._capacity_tokens = capacity_tokens
         self._max_batched_tokens = max_batched_tokens
         self._lots = Lots(seed)
@@ -366,11 +367,13 @@ class GlobalScheduler:
 
     def _kind(self, cost: str | CostModel) -> FittedCost:
         """What replicas that begin with this cost model learn together: all of a name, or of the scheduler's own."""
+        if cost is self._cost:
+            return self._own_kind
+        if not isinstance(cost, str):
+            return FittedCost(make_cost(cost))
         kind = self._kinds.get(cost)
         if kind is None:
-            kind = FittedCost(make_cost(cost))
-            if isinstance(cost, str):
-                self._kinds[cost] = kind
+            kind = self._kinds[cost] = FittedCost(make_cost(cost))
         return kind
 
     def _advance(self, now: float) -> None:
