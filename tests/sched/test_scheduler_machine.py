@@ -22,6 +22,13 @@ def test_e2_survives_without_any_of_its_parts(switch: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("steps", "examples"), [(15, 1500), (40, 600), (100, 250)])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_any_policy_survives_anything_for_long(policy: str) -> None:
-    check_policy(policy, max_examples=3000 if policy == "e2" else 1000, steps=60)
+def test_any_policy_survives_anything_for_long(policy: str, steps: int, examples: int) -> None:
+    check_policy(policy, max_examples=examples, steps=steps)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_e2_survives_without_any_of_its_parts_for_long(switch: str) -> None:
+    check_policy(lambda: E2(**{switch: False}), max_examples=600, steps=40)
