@@ -148,7 +148,9 @@ class SamplingParams:
         object.__setattr__(self, name, bool(value))
 
 
-REQUEST_OPTIONS = frozenset({"sampling", "priority", "timeout", "namespace", "request_id"})
+REQUEST_OPTIONS = frozenset(
+    {"sampling", "priority", "timeout", "namespace", "request_id", "session", "expected_tokens"}
+)
 """What `generate` takes besides sampling values; known here so that a misspelling finds its neighbour."""
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
-from preble.errors import InvalidRequest
+from preble.sched.by_name import by_name
 from preble.sched.cost import CostModel, PiecewiseCost
 
 MANY_PAIRS = 2**20
@@ -174,10 +173,4 @@ def make_cost(cost: str | CostModel) -> CostModel:
     """
     if isinstance(cost, CostModel):
         return cost
-    known = PRESETS.get(cost) if isinstance(cost, str) else None
-    if known is None:
-        close = difflib.get_close_matches(cost, PRESETS, n=1) if isinstance(cost, str) else []
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        names = ", ".join(sorted(PRESETS))
-        raise InvalidRequest(f"cost must be one of {names}, or a preble.sched.CostModel, not {cost!r}{hint}")
-    return known
+    return by_name("cost", cost, PRESETS, "a preble.sched.CostModel")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from preble.errors import InvalidRequest
+from preble.sched.by_name import by_name
 from preble.sched.orders.base import WaitingOrder
 from preble.sched.orders.fcfs import FirstComeFirstServed
 from preble.sched.orders.hrrn import HighestResponseRatioNext
@@ -22,12 +20,7 @@ def find_order(name: str) -> type[WaitingOrder]:
     Raises:
         InvalidRequest: there is none.
     """
-    known = ORDERS.get(name) if isinstance(name, str) else None
-    if known is None:
-        close = difflib.get_close_matches(name, ORDERS, n=1) if isinstance(name, str) else []
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InvalidRequest(f"local_order must be one of {', '.join(sorted(ORDERS))}, not {name!r}{hint}")
-    return known
+    return by_name("local_order", name, ORDERS)
 
 
 __all__ = ["ORDERS", "WaitingOrder", "find_order"]

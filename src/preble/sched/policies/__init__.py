@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from preble.errors import InvalidRequest
+from preble.sched.by_name import by_name
 from preble.sched.policies.base import Choice, Policy, ReplicaView, RequestView, Stretch, TrafficView, View
 from preble.sched.policies.dynamo import Dynamo
 from preble.sched.policies.e2 import E2
@@ -32,13 +30,7 @@ def make_policy(policy: str | Policy) -> Policy:
     """
     if isinstance(policy, Policy):
         return policy
-    known = POLICIES.get(policy) if isinstance(policy, str) else None
-    if known is None:
-        close = difflib.get_close_matches(policy, POLICIES, n=1) if isinstance(policy, str) else []
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        names = ", ".join(sorted(POLICIES))
-        raise InvalidRequest(f"policy must be one of {names}, or a preble.sched.Policy, not {policy!r}{hint}")
-    return known()
+    return by_name("policy", policy, POLICIES, "a preble.sched.Policy")()
 
 
 __all__ = [
