@@ -17,6 +17,7 @@ import pytest
 import preble
 from preble.cli import make_parser
 from preble.demo_model import write_demo_model
+from preble.sampling import REQUEST_OPTIONS
 from preble.sched import POLICIES
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +90,11 @@ def test_the_arguments_of_a_cluster_are_those_of_the_table() -> None:
 def test_the_options_of_generate_are_those_of_the_table() -> None:
     parameters = inspect.signature(preble.Cluster.generate).parameters
     assert [name.lstrip("*") for name in rows(API, "generate")] == list(parameters)[1:]
+
+
+def test_a_misspelt_option_finds_every_option_there_is() -> None:
+    parameters = set(inspect.signature(preble.Cluster.generate).parameters)
+    assert parameters - {"self", "prompt", "options"} == REQUEST_OPTIONS
 
 
 @pytest.mark.parametrize("kind", [preble.Cluster, preble.Stream])
