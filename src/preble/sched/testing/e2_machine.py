@@ -14,6 +14,7 @@ class E2Machine(SchedulerMachine):
     """Checks E2's decisions against its rule."""
 
     def decided(self, before: Explanation, answer: Placement | Waiting) -> None:
+        assert isinstance(self.policy, E2)
         if isinstance(answer, Waiting):
             return
         cached = {one.replica: one.cached_tokens for one in before.candidates if one.state == "up"}
@@ -28,7 +29,7 @@ class E2Machine(SchedulerMachine):
             require(answer.reason in ("exploit", "rebalance", "replicate", "relieve"), where)
         if answer.reason == "exploit":
             require(answer.replica in holders, where)
-        if answer.reason == "relieve":
+        if answer.reason == "relieve" and not self.policy.autoscaling:  # which may retire a holder
             require(answer.replica not in holders, where)
         idle = all(one.in_flight == 0 for one in before.candidates)
         loads = [self.load(replica) for replica in cached]
