@@ -11,6 +11,12 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "100"
 
+import torch
+
+# Without a GPU, Triton's interpreter runs the kernels on the CPU. Triton reads this when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 
 

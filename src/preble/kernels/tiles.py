@@ -1,0 +1,47 @@
+"""Tile sizes of the kernels, chosen ahead for each architecture: nothing is tuned while serving."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from preble.kernels.architecture import Architecture
+
+
+class Tile(NamedTuple):
+    """How one program of an attention kernel works."""
+
+    rows: int
+    """Query rows at a time."""
+    tokens: int
+    """KV tokens at a time."""
+    warps: int
+    stages: int
+    """Depth of the pipeline of loads."""
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def decode_tile(architecture: Architecture, head_dim: int, rows: int) -> Tile:
+    """For `rows` = GQA group x query length rows of a KV head."""
+    wide = head_dim > 128
+    packed = max(16, power_of_two(rows))
+    if architecture.name == "sm_90":
+        return Tile(packed, 32 if wide else 64, 4, 3)
+    return Tile(packed, 32, 4, 2 if wide else 3)
+
+
+def extend_tile(architecture: Architecture, head_dim: int) -> Tile:
+    """For prefill chunks."""
+    if architecture.name == "sm_90":
+        return Tile(64, 64, 8, 2) if head_dim > 128 else Tile(128, 64, 8, 3)
+    return Tile(64, 32, 4, 2) if head_dim > 128 else Tile(64, 64, 4, 2)
+
+
+def shared_prefix_tile(architecture: Architecture, head_dim: int) -> Tile:
+    """For requests that share a prefix, their GQA groups stacked."""
+    if architecture.name == "sm_90":
+        return Tile(64, 32 if head_dim > 128 else 64, 4, 3)
+    return Tile(64, 32, 4, 2)
