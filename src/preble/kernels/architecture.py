@@ -30,7 +30,7 @@ class Architecture:
 
 
 SM_80 = Architecture("sm_80", processors=108, shared_memory=99 * KIB, converts_fp8=False)
-"""Ampere, Ada and consumer Blackwell. An A100 has 163 KiB of shared memory, the smaller ones 99: the tiles fit these."""
+"""Ampere, Ada and consumer Blackwell. An A100 has 163 KiB of shared memory, smaller ones 99: the tiles fit all."""
 SM_90 = Architecture("sm_90", processors=132, shared_memory=227 * KIB, converts_fp8=True)
 """Hopper and data-centre Blackwell."""
 OLDEST = (8, 0)
@@ -41,7 +41,7 @@ _assumed: ContextVar[Architecture] = ContextVar("assumed_architecture", default=
 
 @contextmanager
 def assume(architecture: Architecture) -> Iterator[None]:
-    """Within it, tensors that lie on no GPU count as lying on this one: for compiling ahead, and for the interpreter."""
+    """Within it, tensors that lie on no GPU count as lying on this one: to compile ahead, and to interpret."""
     token = _assumed.set(architecture)
     try:
         yield
@@ -63,8 +63,8 @@ def _architecture_of(index: int) -> Architecture:
     capability = (properties.major, properties.minor)
     if capability < OLDEST:
         raise DeviceError(
-            f"cuda:{index}, {properties.name}, has compute capability {capability[0]}.{capability[1]}; the kernels need "
-            f"{OLDEST[0]}.{OLDEST[1]} (Ampere) or newer. Use another GPU, or devices=['cpu']"
+            f"cuda:{index}, {properties.name}, has compute capability {capability[0]}.{capability[1]}; the kernels "
+            f"need {OLDEST[0]}.{OLDEST[1]} (Ampere) or newer. Use another GPU, or devices=['cpu']"
         )
     family = SM_90 if capability[0] in (9, 10) else SM_80
     return Architecture(
