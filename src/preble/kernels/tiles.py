@@ -33,8 +33,10 @@ def decode_tile(architecture: Architecture, head_dim: int, rows: int) -> Tile:
     return Tile(packed, 32, 4, 2 if wide else 3)
 
 
-def extend_tile(architecture: Architecture, head_dim: int) -> Tile:
-    """For prefill chunks."""
+def extend_tile(architecture: Architecture, head_dim: int, itemsize: int) -> Tile:
+    """For prefill chunks with queries of `itemsize` bytes a number: new tokens x GQA group rows of a KV head."""
+    if itemsize == 4:
+        return Tile(32, 32, 4, 1)
     if architecture.name == "sm_90":
         return Tile(64, 64, 8, 2) if head_dim > 128 else Tile(128, 64, 8, 3)
     return Tile(64, 32, 4, 2) if head_dim > 128 else Tile(64, 64, 4, 2)
