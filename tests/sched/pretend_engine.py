@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections import deque
+
+import numpy as np
 
 from preble.sched.events import Admitted, Event, Evicted, Finished, Preempted, Progressed, Stored
 from preble.sched.hashing import namespace_salt, page_hashes
 from preble.sched.local import LocalScheduler
 from preble.sched.sequence import Sequence
+from preble.sched.step_plan import StepPlan
 
 
 class PretendEngine:
@@ -17,12 +21,18 @@ class PretendEngine:
         scheduler: what to obey.
         rng: tokens, ends of outputs and durations of steps are drawn from it.
         ending: how likely an output is to end with any token.
+        ahead: how many steps are launched before the results of one are known.
     """
 
-    def __init__(self, scheduler: LocalScheduler, rng: random.Random, ending: float = 0.05) -> None:
+    def __init__(self, scheduler: LocalScheduler, rng: random.Random, ending: float = 0.05, ahead: int = 0) -> None:
         self.scheduler = scheduler
         self.rng = rng
         self.ending = ending
+        self.ahead = ahead
+        self.flying: deque[tuple[StepPlan, list[int]]] = deque()
+        """Steps whose results the scheduler does not know, and the tokens they sample."""
+        self.unknown: dict[Sequence, list[int]] = {}
+        """The same tokens by request."""
         self.slots: dict[int, int] = {}
         self.finished: dict[str, list[int]] = {}
         self.resident: dict[str, set[int]] = {}
@@ -32,37 +42,59 @@ class PretendEngine:
         self.told_finished: list[str] = []
 
     def step(self) -> bool:
-        """Run a step; False where there is nothing to do."""
-        scheduler = self.scheduler
+        """Plan and launch a step, then take in the results of the oldest one that is more than `ahead` steps back;
+        False where there was nothing to do."""
         self.now += self.rng.random()
-        plan = scheduler.plan(now=self.now)
-        if plan is None:
-            self.take_events()
-            return False
+        plan = self.scheduler.plan(now=self.now)
+        if plan is not None:
+            self.flying.append((plan, self._launch(plan)))
+        busy = bool(self.flying)
+        while len(self.flying) > (0 if plan is None else self.ahead):
+            self._land(*self.flying.popleft())
+        self.take_events()
+        return busy
+
+    def _launch(self, plan: StepPlan) -> list[int]:
+        """What the device does, in the order of launches; the tokens that it samples."""
+        scheduler = self.scheduler
         assert 0 < plan.tokens == sum(chunk.count for chunk in plan.chunks) <= scheduler.max_batched_tokens
         assert len({chunk.sequence.request_id for chunk in plan.chunks}) == len(plan.chunks)
-        results: list[tuple[int, bool] | None] = []
+        sampled: list[int] = []
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            assert chunk.start == sequence.computed
-            prefixes = page_hashes(sequence.tokens, 1, base=namespace_salt(sequence.namespace)).tolist()
-            places = self._places(sequence, chunk.start + chunk.count)
+            stop = chunk.start + chunk.count
+            assert stop == sequence.computed
+            tokens = [*sequence.tokens.tolist(), *self.unknown.get(sequence, [])]
+            assert len(tokens) == sequence.length + sequence.pending - chunk.samples
+            assert not sequence.lockstep or stop <= sequence.length, "a token in lockstep is unknown"
+            prefixes = page_hashes(np.array(tokens, np.int32), 1, base=namespace_salt(sequence.namespace)).tolist()
+            places = self._places(sequence, stop)
             for position in range(chunk.start):
                 assert self.slots[places[position]] == prefixes[position], "KV of another prefix"
-            for position in range(chunk.start, chunk.start + chunk.count):
+            for position in range(chunk.start, stop):
                 self.slots[places[position]] = prefixes[position]
-            assert chunk.samples == (chunk.start + chunk.count == sequence.length)
+            assert chunk.samples == (stop == len(tokens))
             if chunk.samples:
                 token = self.rng.randrange(3)
+                self.unknown.setdefault(sequence, []).append(token)
+                sampled.append(token)
+        return sampled
+
+    def _land(self, plan: StepPlan, sampled: list[int]) -> None:
+        """Tell the scheduler what a step has sampled."""
+        results: list[tuple[int, bool] | None] = []
+        before = [(chunk.sequence, chunk.sequence.finished) for chunk in plan.chunks]
+        tokens = iter(sampled)
+        for chunk in plan.chunks:
+            if chunk.samples:
+                sequence, token = chunk.sequence, next(tokens)
+                assert self.unknown[sequence].pop(0) == token
                 ends = sequence.length + 1 >= sequence.max_length or self.rng.random() < self.ending
                 results.append((token, ends))
-        before = [(chunk.sequence, chunk.sequence.request_id) for chunk in plan.chunks]
-        scheduler.commit(plan, results)
-        for sequence, request_id in before:
-            if scheduler.get(request_id) is None:
-                self.finished[request_id] = sequence.tokens.tolist()
-        self.take_events()
-        return True
+        self.scheduler.commit(plan, results)
+        for sequence, ended_before in before:
+            if sequence.finished and not ended_before:
+                self.finished[sequence.request_id] = sequence.tokens.tolist()
 
     def _places(self, sequence: Sequence, tokens: int) -> list[int]:
         size = self.scheduler.page_size

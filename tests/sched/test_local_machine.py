@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 from pretend_engine import PretendEngine
 
-from preble.sched.events import Admitted, Event, Preempted
+from preble.sched.events import Admitted, Event, Finished, Preempted
 from preble.sched.local import LOOKS, LocalScheduler
 from preble.sched.orders import ORDERS
 from preble.sched.orders.queue import urgent_from
@@ -31,8 +31,8 @@ STEMS = [[0] * 40, [0, 1] * 20, [0] * 10 + [1] * 30, [2, 1, 0, 0] * 10]
 class WatchedEngine(PretendEngine):
     """Counts the admissions that every waiting request has to see, and what its bound is made of."""
 
-    def __init__(self, scheduler: LocalScheduler, rng: random.Random, ending: float) -> None:
-        super().__init__(scheduler, rng, ending)
+    def __init__(self, scheduler: LocalScheduler, rng: random.Random, ending: float, ahead: int) -> None:
+        super().__init__(scheduler, rng, ending, ahead)
         self.requests: dict[str, Sequence] = {}
         self.before: dict[str, int] = {}
         """Waiting request -> older ones of its class that waited when it began to wait, or came back since."""
@@ -56,6 +56,8 @@ class WatchedEngine(PretendEngine):
         if isinstance(event, Preempted):
             if self.scheduler.get(event.request_id) is not None:
                 self.waits(self.requests[event.request_id])
+        elif isinstance(event, Finished):  # preempted, and then ended by a step that was in flight
+            self.left(event.request_id)
         elif isinstance(event, Admitted):
             admitted = self.requests[event.request_id]
             self.left(event.request_id)
@@ -80,9 +82,12 @@ class LocalMachine(RuleBasedStateMachine):
         budget=st.integers(1, 40),
         max_running=st.sampled_from([1, 2, 5, 64]),
         ending=st.sampled_from([0.02, 0.2, 0.6]),
+        ahead=st.sampled_from([0, 1, 1, 2]),
         seed=st.integers(0, 2**16),
     )
-    def begin(self, page_size: int, capacity: int, budget: int, max_running: int, ending: float, seed: int) -> None:
+    def begin(
+        self, page_size: int, capacity: int, budget: int, max_running: int, ending: float, ahead: int, seed: int
+    ) -> None:
         self.scheduler = LocalScheduler(
             pages=-(-capacity // page_size),
             page_size=page_size,
@@ -90,7 +95,7 @@ class LocalMachine(RuleBasedStateMachine):
             max_running=max_running,
             order=self.order,
         )
-        self.engine = WatchedEngine(self.scheduler, random.Random(seed), ending)
+        self.engine = WatchedEngine(self.scheduler, random.Random(seed), ending, ahead)
         self.names: list[str] = []
         self.aborted: set[str] = set()
         self.added_prompt_tokens: dict[str, int] = {}
@@ -106,6 +111,7 @@ class LocalMachine(RuleBasedStateMachine):
         deadline=st.sampled_from([None, None, None, -1.0, 2.0, 30.0]),
         hint=st.sampled_from([None, None, 1.0, 10.0, 500.0]),
         burst=st.sampled_from([1, 1, 1, LOOKS + 4]),
+        lockstep=st.sampled_from([False, False, True]),
     )
     def add(
         self,
@@ -119,6 +125,7 @@ class LocalMachine(RuleBasedStateMachine):
         deadline: float | None,
         hint: float | None,
         burst: int,
+        lockstep: bool,
     ) -> None:
         """A request, or a burst of them; some come from another replica, with output."""
         capacity = self.scheduler.capacity_tokens
@@ -133,6 +140,7 @@ class LocalMachine(RuleBasedStateMachine):
                 priority=priority,
                 deadline=None if deadline is None else self.engine.now + deadline,
                 expected_tokens=hint,
+                lockstep=lockstep,
             )
             self.scheduler.add(one, now=self.engine.now)
             self.engine.waits(one)
@@ -190,7 +198,7 @@ class LocalMachine(RuleBasedStateMachine):
         scheduler, engine = self.scheduler, self.engine
         engine.ending = 0.5
         steps = 0
-        while scheduler.running or scheduler.waiting:
+        while scheduler.running or scheduler.waiting or engine.flying:
             assert engine.step(), "requests are left and nothing is planned"
             self.everything_holds()
             steps += 1

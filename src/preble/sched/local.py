@@ -46,6 +46,11 @@ class LocalScheduler:
     A request is admitted when the pages will suffice for it and for those beside it, by the outputs expected rather
     than the longest allowed (`PageBudget`).
 
+    Steps may be planned ahead: `plan` again before `commit` of the plan before. A request then decodes a token that is
+    not known yet, unless it is in lockstep. One that turns out to have ended has a last token computed for nothing.
+    Pages are given to others as soon as their owner leaves, be it that a step in flight still writes to them: a device
+    must run steps in the order of their plans, and whoever gets a page uses it in a later one.
+
     Args:
         pages: KV pages of the replica.
         page_size: tokens in a page.
@@ -141,13 +146,14 @@ class LocalScheduler:
         return True
 
     def plan(self, *, now: float) -> StepPlan | None:
-        """Choose the next step's work and reserve its pages; `None` where there is nothing to do.
+        """Choose the next step's work and reserve its pages; `None` where there is nothing to do before a `commit`.
 
-        The engine computes the chunks and reports with `commit`, before the next `plan`.
+        The engine computes the chunks of all plans in order, and reports each with `commit`, in order. What a plan
+        computes counts as computed from now on, for later plans.
         """
         plan = StepPlan()
         for sequence in self.running[:]:
-            if sequence.remaining == 1 and sequence.node is not None:
+            if sequence.remaining == 1 and sequence.node is not None and self._may_decode(sequence):
                 self._schedule(plan, sequence)
         for sequence in self.running[:]:
             if sequence.remaining > 1 and sequence.node is not None:
@@ -155,36 +161,46 @@ class LocalScheduler:
         if self.waiting:
             self._look_again()
             self._admit(plan, now)
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            sequence.computed += chunk.count
+            sequence.pending += chunk.samples
+            sequence.in_flight += 1
+            if chunk.count > 1:
+                self._publish(sequence)
         return plan if plan.chunks else None
 
     def commit(self, plan: StepPlan, sampled: Iterable[tuple[int, bool] | None]) -> None:
         """Take in a step's results.
 
         Args:
-            plan: what `plan` returned.
+            plan: the oldest that `plan` returned and whose results are not here yet.
             sampled: per chunk that samples, in order: the token and whether the request ends with it, or `None` where
-                the request ends without one.
+                the request ends without one. For requests that have ended meanwhile (`Sequence.finished`), anything.
         """
         results = iter(sampled)
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            sequence.computed += chunk.count
+            sequence.in_flight -= 1
+            sequence.pending -= chunk.samples
+            result = next(results) if chunk.samples else None
+            if sequence.finished:
+                continue
             new_tokens: tuple[int, ...] = ()
-            finished = False
-            if chunk.samples:
-                result = next(results)
-                finished = result is None
-                if result is not None:
-                    token, finished = result
-                    sequence.append(token)
-                    new_tokens = (token,)
-                    if finished:
-                        self._outputs.observe(sequence.generated)
-            self._events.append(Progressed(self.replica, sequence.request_id, sequence.computed, new_tokens))
+            finished = chunk.samples and result is None
+            if result is not None:
+                token, finished = result
+                sequence.append(token)
+                new_tokens = (token,)
+                if finished:
+                    self._outputs.observe(sequence.generated)
+            if sequence.node is not None:
+                stop = chunk.start + chunk.count
+                self._events.append(Progressed(self.replica, sequence.request_id, stop, new_tokens))
+            elif new_tokens and not finished:  # preempted meanwhile, and now longer
+                self._found(sequence, self._look_up(sequence)[0])
             if finished:
                 self._finish(sequence)
-            elif chunk.count > 1:
-                self._publish(sequence)
 
     def learn(self, step: StepTimed) -> None:
         """Learn from a step's timing what steps cost here."""
@@ -214,6 +230,7 @@ class LocalScheduler:
             require(pages[:shared] == self.cache.pages_of(node), f"{name!r} reads other pages than it has locked")
             require(sequence.table.runs == BlockTable(pages).runs, f"{name!r} has wrong runs of pages")
             require(sequence.computed <= len(pages) * self.page_size, f"{name!r} has no page for its last tokens")
+            require(sequence.remaining > 0, f"{name!r} is computed further than it is sampled")
             private += pages[shared:]
         for sequence in self.waiting:
             name = sequence.request_id
@@ -224,6 +241,10 @@ class LocalScheduler:
                 require(sequence.matched == self._look_up(sequence)[0], f"{name!r} has another hit ratio")
         self.waiting.check()
         here = [*self.running, *self.waiting]
+        for one in here:
+            require(0 <= one.pending <= one.in_flight, f"{one.request_id!r} has results to come from no step")
+            require(one.length + one.pending <= one.max_length, f"{one.request_id!r} grows too long")
+            require(not one.finished, f"{one.request_id!r} has ended and is still here")
         require(len({id(one) for one in here}) == len(here), "a request is waiting or running twice")
         require({one.request_id: one for one in here} == self._by_id, "a request is lost")
         self.cache.check(holders, private)
@@ -256,6 +277,13 @@ class LocalScheduler:
         sequence.matched = matched
         sequence.looked = self.cache.version
         self.waiting.update(sequence)
+
+    @staticmethod
+    def _may_decode(sequence: Sequence) -> bool:
+        """Whether the token to compute is known, or may be unknown and is not the last one."""
+        if not sequence.pending:
+            return True
+        return not sequence.lockstep and sequence.length + sequence.pending < sequence.max_length
 
     def _schedule(self, plan: StepPlan, sequence: Sequence) -> bool:
         """Give a running sequence its share of the step; False where the budget or the pages are used up."""
@@ -309,7 +337,7 @@ class LocalScheduler:
                 if looks:  # it may be no longer its turn
                     looks -= 1
                     continue
-            if self._is_computed_now(sequence, matched):
+            if sequence.in_flight or self._is_computed_now(sequence, matched):
                 passing.add(sequence)
                 if len(passing) == MOST_DEFERRED:
                     return
@@ -356,7 +384,8 @@ class LocalScheduler:
 
     def _publish(self, sequence: Sequence) -> None:
         assert sequence.node is not None
-        sequence.node = self.cache.publish(sequence.node, sequence.tokens[: sequence.computed], sequence.table)
+        known = min(sequence.computed, sequence.length)
+        sequence.node = self.cache.publish(sequence.node, sequence.tokens[:known], sequence.table)
 
     def _leave(self, sequence: Sequence) -> None:
         """Stop running: computed whole pages stay in the cache, the rest is freed."""
@@ -374,5 +403,6 @@ class LocalScheduler:
             self._leave(sequence)
         else:
             self.waiting.remove(sequence)
+        sequence.finished = True
         del self._by_id[sequence.request_id]
         self._events.append(Finished(self.replica, sequence.request_id))

@@ -15,6 +15,9 @@ from preble.sched.prefix_cache import CachedRun
 class Sequence:
     """One request on one replica: `tokens[:length]` are prompt and output, `tokens[:computed]` have KV on `table`.
 
+    Where steps are planned ahead of their results, up to `pending` tokens more are sampled, or being sampled, that
+    nobody here knows yet; what is `computed` may include them.
+
     Args:
         request_id: unique on the replica.
         token_ids: int32 [n], the prompt, and behind it any output generated before on another replica.
@@ -24,6 +27,8 @@ class Sequence:
         priority: higher is served first.
         deadline: seconds on the caller's clock, by which the caller wants the whole output.
         expected_tokens: how many tokens it will probably generate, where the caller knows; a hint, never a limit.
+        lockstep: its next token is planned only once the one before is known: something outside of the device, a
+            grammar say, has to see every token.
         payload: whatever the engine keeps for the request.
     """
 
@@ -35,7 +40,10 @@ class Sequence:
         "computed",
         "deadline",
         "expected_tokens",
+        "finished",
+        "in_flight",
         "length",
+        "lockstep",
         "looked",
         "matched",
         "max_length",
@@ -43,6 +51,7 @@ class Sequence:
         "node",
         "passed",
         "payload",
+        "pending",
         "preemptions",
         "priority",
         "prompt_length",
@@ -62,6 +71,7 @@ class Sequence:
         priority: int = 0,
         deadline: float | None = None,
         expected_tokens: float | None = None,
+        lockstep: bool = False,
         payload: Any = None,
     ) -> None:
         self.request_id = request_id
@@ -72,8 +82,16 @@ class Sequence:
         self.priority = priority
         self.deadline = math.inf if deadline is None else deadline
         self.expected_tokens = expected_tokens
+        self.lockstep = lockstep
         self.payload = payload
         self.computed = 0
+        """Tokens with KV, those of steps in flight included."""
+        self.pending = 0
+        """Tokens that steps in flight sample."""
+        self.in_flight = 0
+        """Steps planned with a chunk of this request whose results are not known yet."""
+        self.finished = False
+        """Whether the request has ended; steps in flight may still compute a token that nobody wants."""
         self.cached = 0
         """Tokens found in the cache when the request was first admitted."""
         self.admitted = False
@@ -103,7 +121,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens whose KV is still to be computed; 1 for a request that decodes."""
-        return self.length - self.computed
+        return self.length + self.pending - self.computed
 
     @property
     def generated(self) -> int:
