@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from preble.engine.batch import Model
 from preble.engine.engine import Engine
+from preble.engine.host_runner import HostRunner
 from preble.engine.loading import load_model
 from preble.engine.messages import Delta, Submit
 from preble.engine.tokenizer import Tokenizer
@@ -36,8 +37,11 @@ class Running:
         self.tokenizer = Tokenizer(folder)
 
     def engine(self, **options: Any) -> Engine:
-        defaults: dict[str, Any] = {"pages": 64, "page_size": 16, "max_batched_tokens": 64}
-        return Engine(self.model, self.tokenizer, **(defaults | options))
+        return self.engine_over(self.model, **options)
+
+    def engine_over(self, model: Model, *, pages: int = 64, page_size: int = 16, **options: Any) -> Engine:
+        runner = HostRunner(model, pages=pages, page_size=page_size)
+        return Engine(runner, self.tokenizer, **({"max_batched_tokens": 64} | options))
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +318,7 @@ class Poisoned:
 def test_nan_ends_the_one_request_with_an_error(running: Running, alone: list[tuple[list[int], list[int]]]) -> None:
     used = {token for prompt, output in alone[:4] for token in prompt + output}
     poison = next(token for token in range(running.model.config.vocabulary_size) if token not in used)
-    engine = Engine(Poisoned(running.model, poison), running.tokenizer, pages=256, page_size=16, max_batched_tokens=128)
+    engine = running.engine_over(Poisoned(running.model, poison), pages=256, max_batched_tokens=128)
     engine.submit(submit("bad", [5, 6, poison]))
     for number, (prompt, _) in enumerate(alone[:4]):
         engine.submit(submit(str(number), prompt))

@@ -64,7 +64,7 @@ def test_replicas_on_a_device_share_one_copy_of_the_weights(llama: Path) -> None
         max_running=8,
         local_order="fcfs",
     )
-    assert len({id(engine._model) for engine in loaded.engines}) == 1
+    assert len({id(engine._runner._model) for engine in loaded.engines}) == 1
     assert len({id(engine._kv) for engine in loaded.engines}) == 3
     assert [engine.stats().replica for engine in loaded.engines] == [0, 1, 2]
 

@@ -51,17 +51,18 @@ def step_overhead(checkpoint: Path, requests: int = 32, steps: int = 200, contex
 
     from preble.engine.config import ModelConfig
     from preble.engine.engine import Engine
+    from preble.engine.host_runner import HostRunner
     from preble.engine.messages import Submit
     from preble.engine.tokenizer import Tokenizer
     from preble.sampling import SamplingParams
 
     page_size = 64
     length = context + 2 * steps
+    model = IdleModel(ModelConfig.from_folder(checkpoint), requests)
+    pages = 2 * requests * -(-length // page_size)
     engine = Engine(
-        IdleModel(ModelConfig.from_folder(checkpoint), requests),
+        HostRunner(model, pages=pages, page_size=page_size),
         Tokenizer(checkpoint),
-        pages=2 * requests * -(-length // page_size),
-        page_size=page_size,
         max_batched_tokens=requests * context,
     )
     source = np.random.default_rng(0)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from preble.engine.batch import ForwardBatch, Model, SequenceSlice
 from preble.engine.generation import Generation
-from preble.engine.kv_cache import KVCache
 from preble.engine.messages import Delta, StepReport, Submit
-from preble.engine.sampler import Sampler
+from preble.engine.runner import Launched, Runner
 from preble.outputs import ReplicaStats
 from preble.sched.events import StepTimed
 from preble.sched.local import LocalScheduler
@@ -26,15 +23,26 @@ RATE_WINDOW = 10.0
 """Seconds over which `tokens_per_second` is averaged."""
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step on its way."""
+
+    plan: StepPlan
+    launched: Launched
+    began: float
+    """`time.monotonic()` before it was planned."""
+
+
 class Engine:
     """Runs requests on one device. Synchronous, not thread-safe: one thread owns it.
 
+    Where the runner works ahead, a step is launched before the one before it is read back, so that the device never
+    waits for the host.
+
     Args:
-        model: may be shared with other engines on the device; it is only read.
+        runner: computes the steps, on KV pages of its own.
         tokenizer: for the text of the output.
         replica: this engine's number in the cluster.
-        pages: KV pages to reserve.
-        page_size: tokens in a page.
         max_batched_tokens: tokens that one step computes at most, decodes and prefill chunks together.
         max_running: requests in a step at most.
         local_order: name of the order in which waiting requests are served (`preble.sched.orders`).
@@ -45,19 +53,17 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        runner: Runner,
         tokenizer: Tokenizer,
         *,
         replica: int = 0,
-        pages: int,
-        page_size: int,
         max_batched_tokens: int,
         max_running: int = 256,
         local_order: str = "hrrn",
     ) -> None:
         self.scheduler = LocalScheduler(
-            pages=pages,
-            page_size=page_size,
+            pages=runner.pages,
+            page_size=runner.page_size,
             max_batched_tokens=max_batched_tokens,
             max_running=max_running,
             replica=replica,
@@ -65,26 +71,20 @@ class Engine:
         )
         self.computed_tokens = 0
         self.generated_tokens = 0
-        self._model = model
+        self._runner = runner
         self._tokenizer = tokenizer
-        self._sampler = Sampler()
         self._replica = replica
-        self._kv = KVCache(
-            layers=model.config.layers,
-            pages=pages,
-            page_size=page_size,
-            kv_heads=model.config.kv_heads,
-            head_dim=model.config.head_dim,
-            dtype=model.dtype,
-            device=model.device,
-        )
+        self._flights: deque[Flight] = deque()
+        """Steps whose results are not read yet, the oldest first."""
+        self._landed = 0.0
+        """`time.monotonic()` when the last result was read."""
         self._recent: deque[tuple[float, int]] = deque()
         """(when, generated tokens so far) of the steps in the rate window."""
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` would compute something."""
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        """Whether `step` would compute something or read a result."""
+        return bool(self.scheduler.running or self.scheduler.waiting or self._flights)
 
     def submit(self, request: Submit) -> None:
         """Queue a request."""
@@ -98,7 +98,7 @@ class Engine:
                 priority=request.priority,
                 deadline=request.deadline,
                 expected_tokens=request.expected_tokens,
-                payload=Generation(request, self._tokenizer, self._model.config),
+                payload=Generation(request, self._tokenizer, self._runner.config),
             ),
             now=time.monotonic(),
         )
@@ -108,16 +108,22 @@ class Engine:
         self.scheduler.abort(request_id)
 
     def step(self) -> StepReport:
-        """Compute one step and report it. With nothing to compute, reports what `abort` left to tell."""
+        """Launch a step, and report those whose results are due. With neither, reports what `abort` left to tell."""
         began = time.monotonic()
         plan = self.scheduler.plan(now=began)
-        deltas = [] if plan is None else self._run(plan, began)
-        events = self.scheduler.take_events()
         if plan is not None:
-            timed = _timed(self._replica, plan, time.monotonic() - began)
-            self.scheduler.learn(timed)
-            events.append(timed)
-        return StepReport(self._replica, self.stats(), deltas, events)
+            self._flights.append(Flight(plan, self._runner.launch(plan), began))
+            self.computed_tokens += plan.tokens
+        deltas: list[Delta] = []
+        timings: list[StepTimed] = []
+        while len(self._flights) > (0 if plan is None else self._runner.ahead):
+            flight = self._flights.popleft()
+            deltas += self._land(flight)
+            now = time.monotonic()
+            timings.append(_timed(self._replica, flight.plan, now - max(flight.began, self._landed)))
+            self.scheduler.learn(timings[-1])
+            self._landed = now
+        return StepReport(self._replica, self.stats(), deltas, [*self.scheduler.take_events(), *timings])
 
     def stats(self) -> ReplicaStats:
         """The replica as it is between two steps."""
@@ -131,8 +137,8 @@ class Engine:
             rate = (self.generated_tokens - recent[0][1]) / (now - recent[0][0])
         return ReplicaStats(
             replica=self._replica,
-            device=str(self._model.device),
-            attention=self._model.attention,
+            device=str(self._runner.device),
+            attention=self._runner.attention,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             pages_total=cache.pool.total,
@@ -147,24 +153,22 @@ class Engine:
             tokens_per_second=rate,
         )
 
-    def _run(self, plan: StepPlan, began: float) -> list[Delta]:
-        batch = self._prepare(plan)
-        sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
-        logits = self._model.forward(batch, self._kv)
-        self.computed_tokens += plan.tokens
-        for chunk in plan.chunks:
+    def _land(self, flight: Flight) -> list[Delta]:
+        """Take in the result of a step."""
+        result = flight.launched.result()
+        invalid = set(result.invalid)
+        for chunk in flight.plan.chunks:
             generation: Generation = chunk.sequence.payload
             if generation.started is None:
-                generation.started = began
-        result = self._sampler.sample(
-            logits,
-            [sequence.payload.sampling for sequence in sampling],
-            [sequence.length for sequence in sampling],
-        )
-        invalid = set(result.invalid)
+                generation.started = flight.began
         deltas: list[Delta] = []
         outcomes: list[tuple[int, bool] | None] = []
-        for row, sequence in enumerate(sampling):
+        generated = 0
+        for row, chunk in enumerate(chunk for chunk in flight.plan.chunks if chunk.samples):
+            sequence = chunk.sequence
+            if sequence.finished:
+                outcomes.append(None)
+                continue
             generation = sequence.payload
             if row in invalid:
                 deltas.append(generation.fail(sequence, "the model's logits hold NaN or no finite value"))
@@ -174,41 +178,11 @@ class Engine:
             delta = generation.advance(sequence, token, result.logprobs[row])
             deltas.append(delta)
             outcomes.append((token, delta.finish_reason is not None))
-        self._recent.append((began, self.generated_tokens))
-        self.generated_tokens += len(sampling) - len(invalid)
-        self.scheduler.commit(plan, outcomes)
+            generated += 1
+        self._recent.append((flight.began, self.generated_tokens))
+        self.generated_tokens += generated
+        self.scheduler.commit(flight.plan, outcomes)
         return deltas
-
-    def _prepare(self, plan: StepPlan) -> ForwardBatch:
-        """Flatten the plan into the model's input."""
-        page_size = self.scheduler.page_size
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        sequences: list[SequenceSlice] = []
-        logit_rows: list[int] = []
-        for chunk in plan.chunks:
-            sequence, start, stop = chunk.sequence, chunk.start, chunk.start + chunk.count
-            runs = sequence.table.slots(stop, page_size)
-            sequences.append(SequenceSlice(len(token_ids), chunk.count, stop, runs))
-            if chunk.count == 1:
-                token_ids.append(int(sequence.tokens[start]))
-                positions.append(start)
-                slots.append(sequence.table.pages[start // page_size] * page_size + start % page_size)
-            else:
-                token_ids += sequence.tokens[start:stop].tolist()
-                positions += range(start, stop)
-                slots += _tail(runs, chunk.count)
-            if chunk.samples:
-                logit_rows.append(len(token_ids) - 1)
-        device = self._model.device
-        return ForwardBatch(
-            token_ids=torch.tensor(token_ids, device=device),
-            positions=torch.tensor(positions, device=device),
-            slots=torch.tensor(slots, device=device),
-            sequences=sequences,
-            logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
-        )
 
 
 def _timed(replica: int, plan: StepPlan, seconds: float) -> StepTimed:
@@ -222,15 +196,3 @@ def _timed(replica: int, plan: StepPlan, seconds: float) -> StepTimed:
         seconds=seconds,
         attended_pairs=sum(chunk.count * context for chunk, context in zip(plan.chunks, contexts, strict=True)),
     )
-
-
-def _tail(runs: tuple[tuple[int, int], ...], count: int) -> list[int]:
-    """The last `count` slots of the runs, in order."""
-    spans: list[range] = []
-    for start, length in reversed(runs):
-        taken = min(length, count)
-        spans.append(range(start + length - taken, start + length))
-        count -= taken
-        if not count:
-            break
-    return [slot for span in reversed(spans) for slot in span]

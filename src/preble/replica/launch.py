@@ -21,6 +21,7 @@ from preble.engine.batch import Model
 from preble.engine.checkpoint import resolve_model
 from preble.engine.config import ModelConfig
 from preble.engine.engine import Engine
+from preble.engine.host_runner import HostRunner
 from preble.engine.kv_cache import KVCache
 from preble.engine.loading import load_model
 from preble.engine.tokenizer import Tokenizer
@@ -85,11 +86,9 @@ def load(
     pages = min(kv_pages(models[device], page_size, wanted_bytes, sharing=placed.count(device)) for device in models)
     engines = [
         Engine(
-            models[device],
+            HostRunner(models[device], pages=pages, page_size=page_size),
             tokenizer,
             replica=number,
-            pages=pages,
-            page_size=page_size,
             max_batched_tokens=max_batched_tokens,
             max_running=max_running,
             local_order=local_order,
