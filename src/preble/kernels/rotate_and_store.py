@@ -22,22 +22,21 @@ _ELEMENTS = _WARPS * 32 * 8
 
 
 @triton.jit
-def _turned(heads, inside, cos, sin, weight, eps, HEAD_DIM: tl.constexpr, HALF_TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _turned(heads, inside, dims, cos, sin, weight, eps, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
     """Both halves of heads, normed where there is a weight, then rotated; fp32.
 
-    `heads` points to the first halves, [HEADS, HALF_TILE], which `inside` masks.
+    `heads` points to the first halves, whose dimensions are `dims`; both are tiles, which `inside` masks.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     first = tl.load(heads, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(heads + HALF, mask=inside, other=0.0).to(tl.float32)
     if weight is not None:
-        dims = tl.arange(0, HALF_TILE)
-        first_weight = tl.load(weight + dims, mask=dims < HALF, other=0.0).to(tl.float32)
-        second_weight = tl.load(weight + HALF + dims, mask=dims < HALF, other=0.0).to(tl.float32)
+        first_weight = tl.load(weight + dims, mask=inside, other=0.0).to(tl.float32)
+        second_weight = tl.load(weight + HALF + dims, mask=inside, other=0.0).to(tl.float32)
         mean_square = tl.sum(first * first + second * second, axis=1) / HEAD_DIM
         factor = tl.rsqrt(mean_square + eps)[:, None]
-        first *= factor * first_weight[None, :]
-        second *= factor * second_weight[None, :]
+        first *= factor * first_weight
+        second *= factor * second_weight
     return first * cos - second * sin, second * cos + first * sin
 
 
@@ -78,33 +77,34 @@ def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     QUERY_BLOCKS: tl.constexpr = (QUERY_HEADS + HEADS - 1) // HEADS
     token = tl.program_id(0)
     block = tl.program_id(1)
-    dims = tl.arange(0, HALF_TILE)
-    dims_inside = dims < HALF
+    # Every head loads the cosines anew, from the L1 cache: wide loads, and no exchange through shared memory.
+    dims = tl.broadcast_to(tl.arange(0, HALF_TILE)[None, :], (HEADS, HALF_TILE))
     turn = token.to(tl.int64) * HALF + dims
-    cosine = tl.load(cos + turn, mask=dims_inside, other=0.0)[None, :]
-    sine = tl.load(sin + turn, mask=dims_inside, other=0.0)[None, :]
+    cosine = tl.load(cos + turn, mask=dims < HALF, other=0.0)
+    sine = tl.load(sin + turn, mask=dims < HALF, other=0.0)
     row = qkv + token.to(tl.int64) * qkv_stride
 
     if block < QUERY_BLOCKS:
         heads = block * HEADS + tl.arange(0, HEADS)
-        inside = (heads < QUERY_HEADS)[:, None] & dims_inside[None, :]
-        q = row + heads[:, None] * HEAD_DIM + dims[None, :]
-        first, second = _turned(q, inside, cosine, sine, q_norm, eps, HEAD_DIM, HALF_TILE)
+        inside = (heads < QUERY_HEADS)[:, None] & (dims < HALF)
+        q = row + heads[:, None] * HEAD_DIM + dims
+        first, second = _turned(q, inside, dims, cosine, sine, q_norm, eps, HEAD_DIM)
         tl.store(q, first.to(q.dtype.element_ty), mask=inside)
         tl.store(q + HALF, second.to(q.dtype.element_ty), mask=inside)
     else:
         slot = tl.load(slots + token).to(tl.int64)
         heads = (block - QUERY_BLOCKS) * HEADS + tl.arange(0, HEADS)
-        inside = (heads < KV_HEADS)[:, None] & dims_inside[None, :] & (slot >= 0)
-        inner = heads[:, None] * HEAD_DIM + dims[None, :]
+        inside = (heads < KV_HEADS)[:, None] & (dims < HALF)
+        stored = inside & (slot >= 0)  # loads do not wait for it
+        inner = heads[:, None] * HEAD_DIM + dims
         k = row + QUERY_HEADS * HEAD_DIM + inner
         v = k + KV_HEADS * HEAD_DIM
         place = slot * (KV_HEADS * HEAD_DIM) + inner
         first_v = tl.load(v, mask=inside, other=0.0).to(tl.float32)
         second_v = tl.load(v + HALF, mask=inside, other=0.0).to(tl.float32)
-        first_k, second_k = _turned(k, inside, cosine, sine, k_norm, eps, HEAD_DIM, HALF_TILE)
-        _store(keys + place, first_k, second_k, key_scales, heads, inside, KV_HEADS, HALF)
-        _store(values + place, first_v, second_v, value_scales, heads, inside, KV_HEADS, HALF)
+        first_k, second_k = _turned(k, inside, dims, cosine, sine, k_norm, eps, HEAD_DIM)
+        _store(keys + place, first_k, second_k, key_scales, heads, stored, KV_HEADS, HALF)
+        _store(values + place, first_v, second_v, value_scales, heads, stored, KV_HEADS, HALF)
 
 
 def rotate_and_store(
@@ -180,7 +180,7 @@ def rotate_and_store_reference(
 ) -> None:
     """`rotate_and_store` in PyTorch; fp64 tensors are computed in fp64."""
     precise = torch.promote_types(qkv.dtype, torch.float32)
-    heads = qkv.view(len(qkv), -1, head_dim)
+    heads = qkv.view(len(qkv), query_heads + 2 * kv_heads, head_dim)
     q, k, v = heads.to(precise).split_with_sizes([query_heads, kv_heads, kv_heads], 1)
 
     def turned(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
