@@ -14,11 +14,13 @@ from preble.kernels.partials import Partials
 from preble.kernels.splits import first_token, own_tokens, tile_of
 from preble.kernels.tiles import power_of_two
 
-MOST_PROGRAMS = 4096
+MOST_PROGRAMS = 2048
 """Programs take several heads before there are more than these: most of a large batch have nothing to merge."""
+CHUNK = 4096
+"""Numbers that a program reads at a time: 32 splits of a head of 128."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_split", "partials", "heads"])
 def merge_partials_kernel(  # type: ignore[no-untyped-def]
     partial_out,
     partial_lse,
@@ -27,17 +29,16 @@ def merge_partials_kernel(  # type: ignore[no-untyped-def]
     starts,
     split_tokens,
     shared_split_tokens,
+    first_split,
+    partials,
+    heads,
     QUERY_LENGTH: tl.constexpr,
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
     QUERY_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    FIRST_SPLIT: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    BLOCK_PARTIALS: tl.constexpr,
     CHUNK: tl.constexpr,
-    HEADS: tl.constexpr,
 ):
     row = tl.program_id(0)
     sequence = row // QUERY_LENGTH
@@ -54,29 +55,30 @@ def merge_partials_kernel(  # type: ignore[no-untyped-def]
 
     dims = tl.arange(0, BLOCK_DIM)
     kept = dims < HEAD_DIM
-    for step in range(HEADS):
-        head = tl.program_id(1) * HEADS + step
-        if head < QUERY_HEADS:
-            place = row.to(tl.int64) * QUERY_HEADS + head
-            indices = tl.arange(0, BLOCK_PARTIALS)
-            written = (indices < shared) | ((indices >= FIRST_SPLIT) & (indices < FIRST_SPLIT + own))
-            lse = tl.load(partial_lse + place * PARTIALS + indices, mask=written, other=float("-inf"))
-            highest = tl.max(lse, 0)
-            highest = tl.where(highest == float("-inf"), 0.0, highest)
-            total = tl.sum(tl.exp2(lse - highest), 0)
-            answer = tl.zeros([BLOCK_DIM], tl.float32)
-            for chunk in range(0, FIRST_SPLIT + own, CHUNK):
-                indices = chunk + tl.arange(0, CHUNK)
-                written = (indices < shared) | ((indices >= FIRST_SPLIT) & (indices < FIRST_SPLIT + own))
-                lse = tl.load(partial_lse + place * PARTIALS + indices, mask=written, other=float("-inf"))
-                parts = tl.load(
-                    partial_out + (place * PARTIALS + indices)[:, None] * HEAD_DIM + dims[None, :],
-                    mask=written[:, None] & kept[None, :],
-                    other=0.0,
-                )
-                answer += tl.sum(parts * tl.exp2(lse - highest)[:, None], 0)
-            answer = answer / tl.where(total == 0.0, 1.0, total)
-            tl.store(out + place * HEAD_DIM + dims, answer.to(out.dtype.element_ty), mask=kept)
+    first_head = tl.program_id(1) * heads
+    for head in range(first_head, tl.minimum(first_head + heads, QUERY_HEADS)):
+        place = row.to(tl.int64) * QUERY_HEADS + head
+        highest = -1.0e30  # lower than any, and finite: chunks without an answer need no care
+        total = 0.0
+        answer = tl.zeros([BLOCK_DIM], tl.float32)
+        for chunk in range(0, first_split + own, CHUNK):
+            indices = chunk + tl.arange(0, CHUNK)
+            written = (indices < shared) | ((indices >= first_split) & (indices < first_split + own))
+            parts = place * partials + indices
+            lse = tl.load(partial_lse + parts, mask=written, other=float("-inf"))
+            values = tl.load(
+                partial_out + parts[:, None] * HEAD_DIM + dims[None, :],
+                mask=written[:, None] & kept[None, :],
+                other=0.0,
+            )
+            higher = tl.maximum(highest, tl.max(lse, 0))
+            shares = tl.exp2(lse - higher)
+            correction = tl.exp2(highest - higher)
+            total = total * correction + tl.sum(shares, 0)
+            answer = answer * correction + tl.sum(values * shares[:, None], 0)
+            highest = higher
+        answer = answer / tl.where(total == 0.0, 1.0, total)
+        tl.store(out + place * HEAD_DIM + dims, answer.to(out.dtype.element_ty), mask=kept)
 
 
 def merge_partials(
@@ -103,13 +105,14 @@ def merge_partials(
     """
     if (starts is None) != (shared_split_tokens is None):
         raise ValueError("starts and shared_split_tokens go together: give both, or neither")
+    if first_split + splits > partials.splits:
+        raise ValueError(f"{first_split} + {splits} splits do not fit in partials for {partials.splits}")
     rows, query_heads, head_dim = out.shape
-    heads = power_of_two(triton.cdiv(rows * query_heads, MOST_PROGRAMS))
-    chunk = min(32, power_of_two(first_split + splits))
+    heads = -(-rows * query_heads // MOST_PROGRAMS)
     launch(
         merge_partials_kernel,
         (rows, triton.cdiv(query_heads, heads)),
-        warps=4 if chunk > 8 else 1,
+        warps=4,
         stages=1,
         partial_out=partials.out,
         partial_lse=partials.lse,
@@ -118,17 +121,16 @@ def merge_partials(
         starts=starts,
         split_tokens=split_tokens,
         shared_split_tokens=shared_split_tokens,
+        first_split=first_split,
+        partials=partials.splits,
+        heads=heads,
         QUERY_LENGTH=query_length,
         WINDOW=window,
         TILE=tile_of(out, kv_heads, query_length).tokens,
         QUERY_HEADS=query_heads,
         HEAD_DIM=head_dim,
         BLOCK_DIM=power_of_two(head_dim),
-        FIRST_SPLIT=first_split,
-        PARTIALS=partials.splits,
-        BLOCK_PARTIALS=power_of_two(first_split + splits),
-        CHUNK=chunk,
-        HEADS=heads,
+        CHUNK=CHUNK // power_of_two(head_dim),
     )
 
 

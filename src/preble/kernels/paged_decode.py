@@ -26,7 +26,14 @@ from preble.kernels.tiles import power_of_two
 LOG2_E = tl.constexpr(log2(e))
 
 
-@triton.jit(do_not_specialize=["pages_per_row"])
+@triton.jit
+def page_numbers(table, token, end, TILE: tl.constexpr, PAGE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The pages of the tokens of a tile: one number where it lies in one page, else one for each token."""
+    tokens = token if TILE <= PAGE else token + tl.arange(0, TILE)
+    return tl.load(table + tokens // PAGE, mask=tokens < end, other=0)
+
+
+@triton.jit(do_not_specialize=["pages_per_row", "splits", "first_split", "partials"])
 def paged_decode_kernel(  # type: ignore[no-untyped-def]
     q,
     keys,
@@ -43,6 +50,9 @@ def paged_decode_kernel(  # type: ignore[no-untyped-def]
     key_scales,
     value_scales,
     pages_per_row,
+    splits,
+    first_split,
+    partials,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -53,9 +63,6 @@ def paged_decode_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PAGE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    FIRST_SPLIT: tl.constexpr,
-    PARTIALS: tl.constexpr,
     CONVERTS_FP8: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -69,8 +76,8 @@ def paged_decode_kernel(  # type: ignore[no-untyped-def]
         item = tl.load(work + tl.program_id(1))
         if item < 0:
             return
-        sequence = item // SPLITS
-        split = item % SPLITS
+        sequence = item // splits
+        split = item % splits
     context_length = tl.load(context_lengths + sequence)
     start = 0
     if starts is not None:
@@ -79,7 +86,6 @@ def paged_decode_kernel(  # type: ignore[no-untyped-def]
     first = first_token(context_length, start, QUERY_LENGTH, WINDOW, TILE)
     begin = first + split * length
     end = tl.minimum(begin + length, context_length)
-    empty = context_length == 0
     if (begin >= end) & ((split > 0) | (context_length > 0)):
         return
 
@@ -102,19 +108,17 @@ def paged_decode_kernel(  # type: ignore[no-untyped-def]
     STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     table = tables + tl.load(rows + sequence).to(tl.int64) * pages_per_row
     offsets = tl.arange(0, TILE)
-    if TILE <= PAGE:  # a tile lies in one page, whose number is read one tile ahead
-        page = tl.load(table + begin // PAGE, mask=begin < end, other=0)
+    pages = page_numbers(table, begin, end, TILE, PAGE)  # read one tile ahead
     for token in range(begin, end, TILE):
         tokens = token + offsets
         there = tokens < end
         if TILE <= PAGE:
-            base = (page.to(tl.int64) * PAGE + token % PAGE) * STRIDE + kv_head * HEAD_DIM
+            base = (pages.to(tl.int64) * PAGE + token % PAGE) * STRIDE + kv_head * HEAD_DIM
             places = base + (offsets[:, None] * STRIDE + dims[None, :])
-            page = tl.load(table + tl.minimum(token + TILE, end - 1) // PAGE)
         else:
-            pages = tl.load(table + tokens // PAGE, mask=there, other=0)
             slots = pages.to(tl.int64) * PAGE + tokens % PAGE
             places = slots[:, None] * STRIDE + (kv_head * HEAD_DIM + dims)[None, :]
+        pages = page_numbers(table, token + TILE, end, TILE, PAGE)
         # Masks hide slots that were never written: even with a weight of 0, a NaN would shine through.
         mask = there[:, None] & (dims < HEAD_DIM)[None, :]
         k = tl.load(keys + places, mask=mask, other=0)
@@ -125,8 +129,9 @@ def paged_decode_kernel(  # type: ignore[no-untyped-def]
 
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * factor
         if SOFT_CAP is not None:
-            tanh = 1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E / SOFT_CAP)) + 1.0)
-            scores = tanh * (SOFT_CAP * LOG2_E)
+            decay = tl.exp2(tl.abs(scores) * (-2.0 * LOG2_E / SOFT_CAP))
+            tanh = (1.0 - decay) / (1.0 + decay)  # of the magnitude, so that nothing overflows
+            scores = tl.where(scores < 0.0, -tanh, tanh) * (SOFT_CAP * LOG2_E)
         seen = tokens[None, :] <= last[:, None]
         if WINDOW is not None:
             seen &= tokens[None, :] > last[:, None] - WINDOW
@@ -140,15 +145,16 @@ def paged_decode_kernel(  # type: ignore[no-untyped-def]
         highest = higher
 
     total = tl.sum(sums, 1)
-    answer = answer / tl.where(total == 0.0, 1.0, total)[:, None]
+    divisor = tl.where(total == 0.0, 1.0, total)  # rows that have seen nothing
+    answer = answer / divisor[:, None]
     if value_scales is not None:
         answer *= tl.load(value_scales + kv_head)
     place = query * (KV_HEADS * GROUP) + head
-    if empty | ((start == 0) & (context_length - first <= length)):
+    if (context_length == 0) | ((start == 0) & (context_length - first <= length)):
         tl.store(out + place[:, None] * HEAD_DIM + dims[None, :], answer.to(out.dtype.element_ty), mask=kept)
     else:
-        place = place * PARTIALS + FIRST_SPLIT + split
-        lse = tl.where(total == 0.0, float("-inf"), highest + tl.log2(total))
+        place = place * partials + first_split + split
+        lse = tl.where(total == 0.0, float("-inf"), highest + tl.log2(divisor))
         tl.store(partial_out + place[:, None] * HEAD_DIM + dims[None, :], answer, mask=kept)
         tl.store(partial_lse + place, lse, mask=row < GROUP * QUERY_LENGTH)
 
@@ -216,6 +222,9 @@ def paged_decode(
         key_scales=key_scales,
         value_scales=value_scales,
         pages_per_row=tables.stride(0),
+        splits=splits,
+        first_split=first_split,
+        partials=partials.splits,
         SCALE=scale,
         SOFT_CAP=soft_cap,
         WINDOW=window,
@@ -226,9 +235,6 @@ def paged_decode(
         HEAD_DIM=head_dim,
         BLOCK_DIM=power_of_two(head_dim),
         PAGE=page_size,
-        SPLITS=splits,
-        FIRST_SPLIT=first_split,
-        PARTIALS=partials.splits,
         CONVERTS_FP8=architecture_of(q.device).converts_fp8,
         ROWS=tile.rows,
         TILE=tile.tokens,

@@ -38,7 +38,7 @@ def work_items(batch: int, kv_heads: int, programs: int) -> int:
 
 def tile_of(q: torch.Tensor, kv_heads: int, query_length: int) -> Tile:
     """The tile that decodes q [N, query_heads, head_dim]; planning and merging go by its tokens."""
-    return decode_tile(architecture_of(q.device), q.shape[2], q.shape[1] // kv_heads * query_length)
+    return decode_tile(architecture_of(q.device), q.shape[2], q.shape[1] // kv_heads * query_length, q.itemsize)
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def first_token(  # type: ignore[no-untyped-def]
     return first
 
 
-@triton.jit(do_not_specialize=["batch", "items"])
+@triton.jit(do_not_specialize=["batch", "items", "splits", "programs"])
 def plan_splits_kernel(  # type: ignore[no-untyped-def]
     context_lengths,
     starts,
@@ -60,12 +60,12 @@ def plan_splits_kernel(  # type: ignore[no-untyped-def]
     work,
     batch,
     items,
+    splits,
+    programs,
     QUERY_LENGTH: tl.constexpr,
     WINDOW: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
     TILE: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     SHORTEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -77,8 +77,8 @@ def plan_splits_kernel(  # type: ignore[no-untyped-def]
         start = tl.load(starts + sequences, mask=here, other=0)
     own = tl.maximum(context_length - first_token(context_length, start, QUERY_LENGTH, WINDOW, TILE), 0)
 
-    even = tl.cdiv(tl.sum(own.to(tl.int64), 0) * KV_HEADS, PROGRAMS).to(tl.int32)
-    longest = tl.cdiv(tl.max(own, 0), SPLITS)
+    even = tl.cdiv(tl.sum(own.to(tl.int64), 0) * KV_HEADS, programs).to(tl.int32)
+    longest = tl.cdiv(tl.max(own, 0), splits)
     tokens = tl.maximum(tl.maximum(even, longest), SHORTEST * TILE)
     tokens = tl.cdiv(tokens, TILE) * TILE
     tl.store(split_tokens, tokens)
@@ -88,7 +88,7 @@ def plan_splits_kernel(  # type: ignore[no-untyped-def]
         counts = tl.where(here, tl.maximum(tl.cdiv(own, tokens), 1), 0)
         begins = tl.cumsum(counts, 0) - counts
         for split in range(tl.max(counts, 0)):
-            tl.store(work + begins + split, sequences * SPLITS + split, mask=split < counts)
+            tl.store(work + begins + split, sequences * splits + split, mask=split < counts)
         for item in range(0, items, BLOCK):
             places = item + sequences
             unused = (places >= tl.sum(counts, 0)) & (places < items)
@@ -131,12 +131,12 @@ def plan_splits(
         work=work,
         batch=batch,
         items=items,
+        splits=splits,
+        programs=programs,
         QUERY_LENGTH=query_length,
         WINDOW=window,
         KV_HEADS=kv_heads,
-        SPLITS=splits,
         TILE=tile_tokens,
-        PROGRAMS=programs,
         SHORTEST=SHORTEST_SPLIT,
         BLOCK=max(512, power_of_two(batch)),
     )

@@ -24,13 +24,16 @@ def power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def decode_tile(architecture: Architecture, head_dim: int, rows: int) -> Tile:
-    """For `rows` = GQA group x query length rows of a KV head."""
+def decode_tile(architecture: Architecture, head_dim: int, rows: int, itemsize: int) -> Tile:
+    """For `rows` = GQA group x query length rows of a KV head, with queries of `itemsize` bytes a number."""
     wide = head_dim > 128
     packed = max(16, power_of_two(rows))
+    warps = 8 if wide and packed > 32 else 4
+    if itemsize == 4:
+        return Tile(packed, 16, 8, 1)
     if architecture.name == "sm_90":
-        return Tile(packed, 32 if wide else 64, 4, 3)
-    return Tile(packed, 32, 4, 2 if wide else 3)
+        return Tile(packed, 32 if wide else 64, warps, 3)
+    return Tile(packed, 32, warps, 2 if wide else 3)
 
 
 def extend_tile(architecture: Architecture, head_dim: int, itemsize: int) -> Tile:
@@ -42,8 +45,11 @@ def extend_tile(architecture: Architecture, head_dim: int, itemsize: int) -> Til
     return Tile(64, 32, 4, 2) if head_dim > 128 else Tile(64, 64, 4, 2)
 
 
-def shared_prefix_tile(architecture: Architecture, head_dim: int) -> Tile:
-    """For requests that share a prefix, their GQA groups stacked."""
+def shared_prefix_tile(architecture: Architecture, head_dim: int, itemsize: int) -> Tile:
+    """For requests that share a prefix, their GQA groups stacked; queries of `itemsize` bytes a number."""
+    if itemsize == 4:
+        return Tile(32, 32, 4, 1)
+    wide = head_dim > 128
     if architecture.name == "sm_90":
-        return Tile(64, 32 if head_dim > 128 else 64, 4, 3)
-    return Tile(64, 32, 4, 2)
+        return Tile(64, 32, 8, 3) if wide else Tile(64, 64, 4, 3)
+    return Tile(64, 32, 8, 2) if wide else Tile(64, 32, 4, 3)
