@@ -88,6 +88,7 @@ class Engine:
 
     def submit(self, request: Submit) -> None:
         """Queue a request."""
+        generation = Generation(request, self._tokenizer, self._runner.config)
         self.scheduler.add(
             Sequence(
                 request.request_id,
@@ -98,7 +99,8 @@ class Engine:
                 priority=request.priority,
                 deadline=request.deadline,
                 expected_tokens=request.expected_tokens,
-                payload=Generation(request, self._tokenizer, self._runner.config),
+                lockstep=self._runner.lockstep(generation.sampling),
+                payload=generation,
             ),
             now=time.monotonic(),
         )

@@ -8,7 +8,7 @@ import torch
 
 from preble.engine.batch import ForwardBatch, Model, SequenceSlice
 from preble.engine.kv_cache import KVCache
-from preble.engine.sampler import Sampler, SampleResult
+from preble.engine.sampler import Sampler, SampleResult, SamplingState
 from preble.sched.step_plan import StepPlan
 
 
@@ -51,6 +51,10 @@ class HostRunner:
             dtype=model.dtype,
             device=model.device,
         )
+
+    def lockstep(self, state: SamplingState) -> bool:
+        """No: with `ahead` of 0 every step waits for the one before."""
+        return False
 
     def launch(self, plan: StepPlan) -> Computed:
         """Compute a step."""

@@ -18,7 +18,8 @@ class RMSNorm:
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         """`weight` [..., width]: leading dimensions give each head a weight of its own."""
-        self._eps = eps
+        self.weight = weight
+        self.eps = eps
         self._width = weight.shape[-1]
         self._scaled_weight = weight.float() * math.sqrt(self._width)
         self._floor = torch.tensor(math.sqrt(self._width * eps), device=weight.device)
@@ -31,7 +32,7 @@ class RMSNorm:
         """x [rows, ..., width]; the result has its shape and dtype."""
         if len(x) <= _FEW_ROWS:
             pair = torch.native_layer_norm(
-                x.unsqueeze(-2) * self._signs, (2, self._width), self._pair_weight, None, self._eps
+                x.unsqueeze(-2) * self._signs, (2, self._width), self._pair_weight, None, self.eps
             )
             normed = pair[0].select(-2, 0)
             return normed if self._head_weight is None else normed * self._head_weight

@@ -30,6 +30,7 @@ class RotaryEmbedding:
 
     def __init__(self, config: ModelConfig, *, device: torch.device) -> None:
         frequencies, self._scaling = _frequencies(config)
+        self._frequencies = frequencies.to(device)
         # cos(-x) = cos(x) and sin(-x) = -sin(x): negative frequencies give the signs of `Rotation`.
         self._signed_frequencies = torch.cat((-frequencies, frequencies)).to(device)
 
@@ -40,6 +41,14 @@ class RotaryEmbedding:
         if self._scaling != 1:
             cos, sin = cos.mul_(self._scaling), sin.mul_(self._scaling)
         return Rotation(cos.to(dtype), sin.to(dtype))
+
+    def half_angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines fp32 [N, head_dim / 2] for positions [N] of any integer type."""
+        angles = positions[:, None] * self._frequencies
+        cos, sin = angles.cos(), angles.sin()
+        if self._scaling != 1:
+            cos, sin = cos.mul_(self._scaling), sin.mul_(self._scaling)
+        return cos, sin
 
 
 def _frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from preble.engine.sampler import SampleResult
+from preble.engine.sampler import SampleResult, SamplingState
 from preble.sched.step_plan import StepPlan
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ class Runner(Protocol):
     """Name of the attention backend, for `stats`."""
     ahead: int
     """How many steps to launch before the result of the oldest one is asked for."""
+
+    def lockstep(self, state: SamplingState) -> bool:
+        """Whether a request's next step must not be launched before its last token is known."""
+        ...
 
     def launch(self, plan: StepPlan) -> Launched:
         """Begin to compute a step. The plan's sequences are as `LocalScheduler.plan` left them, `computed` included."""
