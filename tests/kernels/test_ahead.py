@@ -1,0 +1,163 @@
+"""Every shipped kernel compiles for every architecture, within its limits; and the check that says so notices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from preble.errors import DeviceError
+from preble.kernels.ahead import Resources, compile_launch, specialisation
+from preble.kernels.architecture import SM_80, SM_90
+from preble.kernels.launch import recorded_launches
+
+Check = Callable[..., "Checked"]
+CACHE_OF_TRITON = "triton_cache"
+
+
+class Checked:
+    """The outcome of one run of `python -m preble.kernels.ahead`."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        out = folder / "figures.json"
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
+        environment["TRITON_CACHE_DIR"] = str(folder / CACHE_OF_TRITON)
+        command = [sys.executable, "-m", "preble.kernels.ahead", "--json", str(out), *options]
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        self.exit_code = finished.returncode
+        self.output = finished.stdout
+        self.errors = finished.stderr
+        self.figures: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
+
+    def of(self, variant: str, architecture: str) -> list[dict[str, Any]]:
+        """In the order of batch sizes."""
+        return [f for f in self.figures if f["variant"] == variant and f["architecture"] == architecture]
+
+    def one(self, variant: str, architecture: str) -> dict[str, Any]:
+        (figures,) = self.of(variant, architecture)
+        return figures
+
+
+# --- The check, on kernels with known faults ---
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Checked:
+    return Checked(tmp_path_factory.mktemp("samples"), "--variants", "sample_kernels")
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+class TestSamples:
+    @pytest.mark.parametrize("variant", ["good copy", "good product"])
+    def test_a_good_kernel_has_no_fault(self, samples: Checked, architecture: str, variant: str) -> None:
+        done = samples.one(variant, architecture)
+        assert done["faults"] == []
+        assert f"{variant}: " not in samples.output
+        assert 0 < done["resources"]["registers"] <= 255
+        assert done["resources"]["ptx_bytes"] > 1000
+        assert done["resources"]["seconds"] > 0
+
+    def test_launches_that_share_a_binary_are_compiled_once(self, samples: Checked, architecture: str) -> None:
+        assert samples.of("the same product", architecture) == []
+
+    def test_tensor_cores_are_counted_by_their_kind(self, samples: Checked, architecture: str) -> None:
+        used = samples.one("good product", architecture)["resources"]
+        kind, other = ("mma", "wgmma") if architecture == "sm_80" else ("wgmma", "mma")
+        assert used[kind] > 0
+        assert used[other] == 0
+        assert samples.one("good copy", architecture)["resources"][kind] == 0
+
+    def test_shared_memory_follows_from_the_tiles(self, samples: Checked, architecture: str) -> None:
+        """Two bf16 blocks of 64 x 64 in each stage; the newer pipeline keeps one stage more in flight."""
+        used = samples.one("good product", architecture)["resources"]["shared_memory"]
+        assert used == 2 * 64 * 64 * 2 * (1 if architecture == "sm_80" else 2)
+
+    @pytest.mark.parametrize(("variant", "wide"), [("good copy", True), ("odd stride", False), ("odd address", False)])
+    def test_a_lost_alignment_shows_in_the_loads(
+        self, samples: Checked, architecture: str, variant: str, wide: bool
+    ) -> None:
+        """1,024 columns of 2 bytes on 128 threads: one load of 16 bytes each, or 8 of 2."""
+        used = samples.one(variant, architecture)["resources"]
+        assert (used["wide_loads"], used["loads"]) == ((1, 1) if wide else (0, 8))
+
+    def test_spills_are_noticed(self, samples: Checked, architecture: str) -> None:
+        done = samples.one("spills", architecture)
+        used = done["resources"]
+        assert used["spill_stores"] > 0
+        assert used["spill_loads"] > 0
+        assert done["faults"] == [f"spills {used['spill_stores']} bytes and reads {used['spill_loads']}"]
+
+    def test_too_much_shared_memory_is_noticed(self, samples: Checked, architecture: str) -> None:
+        """Triton compiles it all the same: only the launch would fail."""
+        done = samples.one("much shared memory", architecture)
+        limit = 99 if architecture == "sm_80" else 227
+        needed = done["resources"]["shared_memory"] / 1024
+        assert needed > limit
+        assert done["faults"] == [f"needs {needed:.1f} KiB of shared memory, of {limit}"]
+
+    def test_compiling_again_for_another_batch_size_is_noticed(self, samples: Checked, architecture: str) -> None:
+        """Batch sizes of 1 become constants, multiples of 16 are marked: three kernels where one should do."""
+        first, *others = samples.of("compiled again", architecture)
+        assert (first["size"], first["faults"]) == (1, [])
+        assert [(done["size"], done["faults"]) for done in others] == [
+            (2, ["is compiled again at this batch size, for rows"]),
+            (16, ["is compiled again at this batch size, for rows"]),
+        ]
+        assert samples.of("compiled again, knowingly", architecture) == []
+
+    def test_what_cannot_be_compiled_is_named(self, samples: Checked, architecture: str) -> None:
+        done = samples.one("cannot be compiled", architecture)
+        assert done["resources"] is None
+        assert done["faults"][0].startswith("cannot be compiled: CompilationError: at 2:")
+
+    def test_the_output_names_variant_architecture_and_figure(self, samples: Checked, architecture: str) -> None:
+        assert samples.exit_code == 1
+        spilled = samples.one("spills", architecture)["resources"]
+        assert (
+            f"spills: _product on {architecture} at batch size 1: "
+            f"spills {spilled['spill_stores']} bytes and reads {spilled['spill_loads']}\n"
+        ) in samples.output
+
+
+def test_only_and_architecture_choose(tmp_path: Path) -> None:
+    checked = Checked(tmp_path, "--variants", "sample_kernels", "--only", "good", "--architecture", "sm_80")
+    assert {(done["variant"], done["architecture"]) for done in checked.figures} == {
+        ("good copy", "sm_80"),
+        ("good product", "sm_80"),
+    }
+    assert checked.exit_code == 0
+    assert "2 compiled in " in checked.output
+    assert not (tmp_path / CACHE_OF_TRITON).exists(), "the check must neither use nor fill Triton's cache"
+
+
+def test_limits() -> None:
+    def faults(warps: int = 4, **changed: int) -> list[str]:
+        figures: dict[str, Any] = dict.fromkeys(Resources.__dataclass_fields__, 0) | {"registers": 128} | changed
+        return Resources(**figures).faults(SM_80, warps)
+
+    assert faults() == []
+    assert faults(shared_memory=99 * 1024) == []
+    assert faults(shared_memory=99 * 1024 + 512) == ["needs 99.5 KiB of shared memory, of 99"]
+    assert faults(warps=16) == []
+    assert faults(warps=16, registers=136) == ["needs 136 registers for each of 512 threads, of 65536"]
+    assert faults(spill_loads=4) == ["spills 0 bytes and reads 4"]
+    assert faults(stack_frame=8) == ["keeps 8 bytes per thread in local memory"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
+def test_interpreted_kernels_are_refused() -> None:
+    from sample_kernels import variants as samples
+
+    with recorded_launches() as launches:
+        next(iter(samples(False))).call(1)
+    for refused in (compile_launch, specialisation):
+        with pytest.raises(DeviceError, match="Unset it before starting Python"):
+            refused(launches[0], SM_90)
