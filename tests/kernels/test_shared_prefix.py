@@ -20,8 +20,8 @@ from preble.kernels.launch import recorded_launches
 from preble.kernels.merge import merge_partials, merge_partials_reference
 from preble.kernels.paged_decode import paged_decode, paged_decode_reference
 from preble.kernels.partials import Partials
+from preble.kernels.prefix_groups import SHORTEST_SPLIT
 from preble.kernels.shared_prefix import (
-    SHORTEST_SPLIT,
     plan_shared_splits,
     plan_shared_splits_reference,
     requests_per_tile,

@@ -20,10 +20,9 @@ from preble.kernels.architecture import Architecture, architecture_of
 from preble.kernels.fp8 import decoded, from_e4m3
 from preble.kernels.launch import launch
 from preble.kernels.partials import Partials
+from preble.kernels.prefix_groups import SHORTEST_SPLIT
 from preble.kernels.tiles import power_of_two, shared_prefix_tile
 
-SHORTEST_SPLIT = 128
-"""Tokens: with fewer, writing and merging partial answers costs as much as reading K and V."""
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -66,7 +65,8 @@ def plan_shared_splits(
     """Write to `split_tokens`, int32 [1], how many tokens of a prefix one program of `shared_prefix_decode` reads.
 
     `prefix_lengths` is int32 [T], 0 for inactive tiles. As many programs get work as the GPU runs at a time,
-    `programs`; where there are more tiles than that, about two for each, so that the last ones to run are short.
+    `programs`, two for each of its processors; with more tiles than that, about two for each, so that the last ones
+    to run are short.
     A multiple of `tile_tokens` (that of `shared_prefix_tile`), with which no prefix has more than `splits` splits.
     """
     tiles = prefix_lengths.shape[0]

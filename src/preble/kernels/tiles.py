@@ -28,12 +28,11 @@ def decode_tile(architecture: Architecture, head_dim: int, rows: int, itemsize: 
     """For `rows` = GQA group x query length rows of a KV head, with queries of `itemsize` bytes a number."""
     wide = head_dim > 128
     packed = max(16, power_of_two(rows))
-    warps = 8 if wide and packed > 32 else 4
     if itemsize == 4:
-        return Tile(packed, 16, 8, 1)
+        return Tile(packed, 16, packed // 4, 1)
     if architecture.name == "sm_90":
-        return Tile(packed, 32 if wide else 64, warps, 3)
-    return Tile(packed, 32, warps, 2 if wide else 3)
+        return Tile(packed, 32, 8 if packed > 32 else 4, 3) if wide else Tile(packed, 64, 4, 3)
+    return Tile(packed, 32, 8, 2) if wide else Tile(packed, 32, 4, 3)
 
 
 def extend_tile(architecture: Architecture, head_dim: int, itemsize: int) -> Tile:
@@ -48,7 +47,7 @@ def extend_tile(architecture: Architecture, head_dim: int, itemsize: int) -> Til
 def shared_prefix_tile(architecture: Architecture, head_dim: int, itemsize: int) -> Tile:
     """For requests that share a prefix, their GQA groups stacked; queries of `itemsize` bytes a number."""
     if itemsize == 4:
-        return Tile(32, 32, 4, 1)
+        return Tile(32, 32, 8, 1)
     wide = head_dim > 128
     if architecture.name == "sm_90":
         return Tile(64, 32, 8, 3) if wide else Tile(64, 64, 4, 3)
