@@ -16,6 +16,7 @@ from preble.errors import ClusterStateError, InvalidRequest, PrebleError, Prompt
 from preble.flight import Flight
 from preble.outputs import ClusterStats, GenerationOutput
 from preble.prompts import Prompt, check_text, prompt_tokens
+from preble.replica.options import LoadOptions
 from preble.sampling import SamplingParams
 from preble.stream import Stream
 from preble.terms import Terms
@@ -43,18 +44,24 @@ class Cluster:
     Args:
         model: a checkpoint folder, a hub id whose files are in the local cache or can be fetched, or `"demo"`.
         replicas: how many engines; one per device by default.
-        devices: torch device names, one per replica or fewer (then shared in turn); the CPU by default, the only
-            device of this version.
+        devices: torch device names, one per replica or fewer (then shared in turn); by default every visible GPU, or
+            the CPU where there is none.
         policy: name of a placement policy, or an object of your own (`preble.sched.policies.Policy`).
         local_order: how a replica serves what waits there: `"hrrn"` (short prompts first, with ageing), `"preble"`
             (groups by the share of the prompt that is cached) or `"fcfs"`.
         workers: `"thread"` runs replicas as threads of this process; `"auto"` chooses.
         dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`. `"auto"` takes the checkpoint's own type where the
             device computes in it, else float32.
-        page_size: tokens in a KV page; prefixes are shared in whole pages.
-        kv_memory: bytes of KV per replica, or a string such as `"2GiB"`. By default a quarter of the free memory,
-            divided among the replicas, at most 4 GiB each.
-        max_batched_tokens: tokens one step computes at most; prompts are cut into chunks of this.
+        attention: how a GPU attends: `"triton"` (our kernels), `"flash-attn"` (the package, where it is installed),
+            `"torch"` (slow, to compare with); `"auto"` chooses.
+        page_size: tokens in a KV page; prefixes are shared in whole pages. On a GPU a power of two from 16 to 256.
+        kv_memory: bytes of KV per replica, or a string such as `"2GiB"`. By default, on a GPU what weights, activations
+            and CUDA graphs leave of it; on the CPU a quarter of the free memory, at most 4 GiB each. Replicas of one
+            device share.
+        kv_dtype: `"fp8"` stores K and V in 8 bits (e4m3, a scale per layer and head), on a GPU; `"auto"` stores them
+            in `dtype`.
+        max_batched_tokens: tokens one step computes at most; prompts are cut into chunks of this. By default 8192 on a
+            GPU, 1024 on the CPU.
         max_running: requests that one replica runs at once, at most.
         max_pending: requests accepted and not finished, at most; `generate` waits for its turn beyond that.
         seed: makes placement ties and unseeded sampling repeatable.
@@ -75,9 +82,11 @@ class Cluster:
         local_order: str = "hrrn",
         workers: Literal["auto", "thread"] = "auto",
         dtype: str = "auto",
+        attention: str = "auto",
         page_size: int = 64,
         kv_memory: int | str | None = None,
-        max_batched_tokens: int = 1024,
+        kv_dtype: str = "auto",
+        max_batched_tokens: int | None = None,
         max_running: int = 256,
         max_pending: int = 4096,
         seed: int = 0,
@@ -96,17 +105,21 @@ class Cluster:
         if isinstance(devices, str):
             raise InvalidRequest(f"devices must be a sequence of names, such as [{devices!r}]")
         if devices is not None and not devices:
-            raise InvalidRequest("devices is empty; leave it out to use the CPU")
+            raise InvalidRequest("devices is empty; leave it out to use every GPU, or the CPU")
         self._model = model
-        self._replicas = replicas
-        self._devices = devices
         self._policy = policy
-        self._local_order = local_order
-        self._dtype = dtype
-        self._page_size = page_size
-        self._kv_memory = kv_memory
-        self._max_batched_tokens = max_batched_tokens
-        self._max_running = max_running
+        self._options = LoadOptions(
+            replicas=replicas,
+            devices=devices,
+            dtype=dtype,
+            page_size=page_size,
+            kv_memory=kv_memory,
+            kv_dtype=kv_dtype,
+            attention=attention,
+            max_batched_tokens=max_batched_tokens,
+            max_running=max_running,
+            local_order=local_order,
+        )
         self._max_pending = max_pending
         self._seed = seed
         self._state: Literal["new", "open", "closed"] = "new"
@@ -124,26 +137,13 @@ class Cluster:
         from preble.sched.policies import make_policy
 
         policy = make_policy(self._policy)
-        find_order(self._local_order)
-        loaded = await anyio.to_thread.run_sync(
-            lambda: in_a_thread_of_its_own(
-                load,
-                self._model,
-                replicas=self._replicas,
-                devices=self._devices,
-                dtype=self._dtype,
-                page_size=self._page_size,
-                kv_memory=self._kv_memory,
-                max_batched_tokens=self._max_batched_tokens,
-                max_running=self._max_running,
-                local_order=self._local_order,
-            )
-        )
+        find_order(self._options.local_order)
+        loaded = await anyio.to_thread.run_sync(lambda: in_a_thread_of_its_own(load, self._model, self._options))
         scheduler = GlobalScheduler(
             replicas=len(loaded.engines),
             capacity_tokens=loaded.capacity_tokens,
-            page_size=self._page_size,
-            max_batched_tokens=self._max_batched_tokens,
+            page_size=self._options.page_size,
+            max_batched_tokens=loaded.max_batched_tokens,
             policy=policy,
             seed=self._seed,
         )

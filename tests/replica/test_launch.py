@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from preble.engine.host_load import kv_pages
 from preble.engine.loading import load_model
 from preble.errors import DeviceError, InvalidRequest
-from preble.replica.launch import kv_pages, load, parse_bytes, place_replicas
+from preble.replica.devices import place_replicas
+from preble.replica.launch import load, parse_bytes
+from preble.replica.options import LoadOptions
 
 
 @pytest.mark.parametrize(
@@ -53,19 +56,10 @@ def test_pages_are_what_the_memory_holds(llama: Path) -> None:
 
 
 def test_replicas_on_a_device_share_one_copy_of_the_weights(llama: Path) -> None:
-    loaded = load(
-        llama,
-        replicas=3,
-        devices=["cpu"],
-        dtype="float32",
-        page_size=16,
-        kv_memory="64KiB",
-        max_batched_tokens=64,
-        max_running=8,
-        local_order="fcfs",
-    )
+    options = LoadOptions(replicas=3, devices=["cpu"], dtype="float32", page_size=16, kv_memory="64KiB")
+    loaded = load(llama, options)
     assert len({id(engine._runner._model) for engine in loaded.engines}) == 1
-    assert len({id(engine._kv) for engine in loaded.engines}) == 3
+    assert len({id(engine._runner._kv) for engine in loaded.engines}) == 3
     assert [engine.stats().replica for engine in loaded.engines] == [0, 1, 2]
 
 

@@ -186,15 +186,21 @@ class Checkpoint:
             sizes[tensor.dtype] += math.prod(tensor.shape)
         return _FLOAT_DTYPES.get(max(sizes, key=sizes.__getitem__, default="F32"), "float32")
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor on the CPU, mapped from its file: memory is taken up as it is read and given back with it."""
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """A tensor, read straight to a device.
+
+        On the CPU it is mapped from its file: memory is taken up as it is read and given back with it.
+        """
+        import torch
         from safetensors import SafetensorError, safe_open
 
         entry = self.tensors[name]
         try:
             # Opened anew for every tensor, so that no handle keeps the pages of tensors already used.
-            with safe_open(entry.file, framework="pt") as file:
+            with safe_open(entry.file, framework="pt", device=str(device)) as file:
                 tensor: torch.Tensor = file.get_tensor(name)
+        except torch.OutOfMemoryError:
+            raise
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{name} cannot be read from {entry.file}: {error}") from error
         # The format does not align tensors; kernels that load whole vectors expect it.

@@ -8,13 +8,10 @@ import torch
 from torch.nn.functional import embedding, silu
 
 from preble.engine.batch import ForwardBatch
-from preble.engine.checkpoint import Checkpoint
 from preble.engine.config import ModelConfig
-from preble.engine.decoder_weights import DecoderWeights
-from preble.engine.dtypes import resolve_dtype
+from preble.engine.decoder_weights import DecoderWeights, load_weights
 from preble.engine.kv_cache import KVCache
 from preble.engine.rope import RotaryEmbedding
-from preble.errors import DeviceError
 from preble.kernels.paged_attention import PagedAttention
 
 
@@ -78,11 +75,5 @@ def load_decoder(folder: Path, config: ModelConfig, *, device: torch.device, dty
     Raises `CheckpointError` when tensors are missing, superfluous, of the wrong shape or unreadable, and `DeviceError`
     when the device lacks the memory.
     """
-    checkpoint = Checkpoint(folder)
-    stored = config.dtype or checkpoint.main_dtype
-    resolved = resolve_dtype(dtype, stored=stored, device=device)
-    try:
-        weights = DecoderWeights.load(config, checkpoint, device=device, dtype=resolved)
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(f"{device} lacks the memory for the weights in {folder}: {error}") from error
+    weights, resolved = load_weights(folder, config, device=device, dtype=dtype)
     return Decoder(config, weights, device=device, dtype=resolved)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from preble.engine.checkpoint import Checkpoint
 from preble.engine.config import ModelConfig
+from preble.engine.dtypes import resolve_dtype
 from preble.engine.linear import Linear
 from preble.engine.norm import RMSNorm
+from preble.errors import DeviceError
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
@@ -58,7 +61,7 @@ class DecoderWeights:
         read = _Reader(config, checkpoint, device, dtype)
         if not config.tied_embeddings:
             head = Linear(read.tensor(_HEAD))
-            embedding = checkpoint.tensor(_EMBEDDING).to(device=device, dtype=dtype, copy=True)
+            embedding = checkpoint.tensor(_EMBEDDING, device).to(dtype, copy=device.type == "cpu")
         else:
             shared = read.tensor(_EMBEDDING)
             head = Linear(shared)
@@ -69,6 +72,22 @@ class DecoderWeights:
         return cls(embedding, layers, read.norm("model.norm"), head)
 
 
+def load_weights(
+    folder: Path, config: ModelConfig, *, device: torch.device, dtype: str
+) -> tuple[DecoderWeights, torch.dtype]:
+    """The weights in a checkpoint folder on a device, and the dtype they are in; `dtype` as for `resolve_dtype`.
+
+    Raises `CheckpointError` when tensors are missing, superfluous, of the wrong shape or unreadable, and `DeviceError`
+    when the device lacks the memory.
+    """
+    checkpoint = Checkpoint(folder)
+    resolved = resolve_dtype(dtype, stored=config.dtype or checkpoint.main_dtype, device=device)
+    try:
+        return DecoderWeights.load(config, checkpoint, device=device, dtype=resolved), resolved
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"{device} lacks the memory for the weights in {folder}: {error}") from error
+
+
 class _Reader:
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self._config = config
@@ -77,7 +96,7 @@ class _Reader:
         self._dtype = dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self._checkpoint.tensor(name).to(device=self._device, dtype=self._dtype)
+        return self._checkpoint.tensor(name, self._device).to(self._dtype)
 
     def _merged(self, *names: str) -> torch.Tensor:
         return self.tensor(names[0]) if len(names) == 1 else torch.cat([self.tensor(name) for name in names])

@@ -8,6 +8,9 @@ import torch
 
 from preble.engine.batch import Model
 from preble.engine.config import ModelConfig
+from preble.engine.device.batch import DeviceModel
+from preble.errors import UnsupportedModel
+from preble.kernels.operations import Operations
 
 
 def load_model(folder: Path, *, device: torch.device, dtype: str) -> Model:
@@ -25,3 +28,16 @@ def load_model(folder: Path, *, device: torch.device, dtype: str) -> Model:
     from preble.engine.transformers_model import load_transformers_model
 
     return load_transformers_model(folder, config, device=device, dtype=dtype)
+
+
+def load_device_model(
+    folder: Path, config: ModelConfig, operations: Operations, *, device: torch.device, dtype: str
+) -> DeviceModel:
+    """As `load_model`, for a device that works by a queue of its own; `operations` are the kernels to use."""
+    if config.fused:
+        from preble.engine.decoder_weights import load_weights
+        from preble.engine.device.decoder import DeviceDecoder
+
+        weights, resolved = load_weights(folder, config, device=device, dtype=dtype)
+        return DeviceDecoder(config, weights, operations, device=device, dtype=resolved)
+    raise UnsupportedModel(f"{config.architecture} runs on the CPU only, so far")

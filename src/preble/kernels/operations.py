@@ -26,6 +26,7 @@ from preble.kernels.shared_prefix import (
 )
 from preble.kernels.silu_mul import silu_mul, silu_mul_reference
 from preble.kernels.splits import plan_splits, plan_splits_reference
+from preble.kernels.store_kv import store_kv, store_kv_reference
 
 Kernel = Callable[..., None]
 
@@ -35,6 +36,8 @@ class Operations:
     """What a forward pass and its sampling are made of; each is documented where it is defined."""
 
     name: str
+    capturable: bool
+    """Whether CUDA graphs may hold them."""
     add_norm: Kernel
     merge_partials: Kernel
     paged_decode: Kernel
@@ -46,12 +49,14 @@ class Operations:
     sample: Kernel
     shared_prefix_decode: Kernel
     silu_mul: Kernel
+    store_kv: Kernel
     update_tables: Kernel
     write_sampling_rows: Kernel
 
 
 TRITON = Operations(
     "triton",
+    capturable=True,
     add_norm=add_norm,
     merge_partials=merge_partials,
     paged_decode=paged_decode,
@@ -63,6 +68,7 @@ TRITON = Operations(
     sample=sample,
     shared_prefix_decode=shared_prefix_decode,
     silu_mul=silu_mul,
+    store_kv=store_kv,
     update_tables=update_tables,
     write_sampling_rows=SamplingRows.write,
 )
@@ -70,6 +76,7 @@ TRITON = Operations(
 
 REFERENCE = Operations(
     "torch",
+    capturable=False,
     add_norm=add_norm_reference,
     merge_partials=merge_partials_reference,
     paged_decode=paged_decode_reference,
@@ -81,6 +88,7 @@ REFERENCE = Operations(
     sample=sample_reference,
     shared_prefix_decode=shared_prefix_decode_reference,
     silu_mul=silu_mul_reference,
+    store_kv=store_kv_reference,
     update_tables=update_tables_reference,
     write_sampling_rows=SamplingRows.write_reference,
 )

@@ -7,38 +7,39 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 import torch
 
-from preble.engine.batch import Model
 from preble.engine.checkpoint import resolve_model
 from preble.engine.config import ModelConfig
 from preble.engine.engine import Engine
-from preble.engine.host_runner import HostRunner
-from preble.engine.kv_cache import KVCache
-from preble.engine.loading import load_model
+from preble.engine.host_load import HostLoad
+from preble.engine.runner import Runner
 from preble.engine.tokenizer import Tokenizer
 from preble.errors import DeviceError, InvalidRequest
 from preble.replica.base import Listener, Replica
+from preble.replica.devices import place_replicas
+from preble.replica.options import LoadOptions
 from preble.replica.thread import ThreadReplica
+
+if TYPE_CHECKING:
+    from preble.engine.batch import Model
+    from preble.engine.device.batch import DeviceModel
 
 logger = logging.getLogger("preble.replica")
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-GIB = 1 << 30
-MOST_KV_MEMORY = 4 * GIB
-"""The most KV memory a replica takes by default."""
-SHARE_OF_FREE_MEMORY = 0.25
-"""What part of the free memory the replicas' KV pages take together by default, once the weights are there."""
+TOKENS_PER_STEP = {"cpu": 1024, "cuda": 8192}
+"""`max_batched_tokens` by default: enough that a step's fixed costs do not count, and no more, since others wait."""
 
 
 @dataclass(slots=True)
@@ -50,62 +51,99 @@ class Loaded:
     config: ModelConfig
     capacity_tokens: int
     """Tokens of KV that one replica holds."""
+    max_batched_tokens: int
+    """Tokens of a step at most."""
     torch_threads: int
     """Threads that each replica's operations may use."""
 
 
-def load(
-    model: str | PathLike[str],
-    *,
-    replicas: int | None,
-    devices: Sequence[str] | None,
-    dtype: str,
-    page_size: int,
-    kv_memory: int | str | None,
-    max_batched_tokens: int,
-    max_running: int,
-    local_order: str,
-) -> Loaded:
+class ModelLoad(Protocol):
+    """A model on a device, from which runners are made."""
+
+    @property
+    def model(self) -> Model | DeviceModel: ...
+
+    pages: int
+    """KV pages that each replica can have."""
+
+    def runner(self, pages: int) -> Runner:
+        """A runner with `pages` KV pages."""
+        ...
+
+
+def load(model: str | PathLike[str], options: LoadOptions) -> Loaded:
     """Load the model once per device and make an engine per replica. Blocks; seconds for small models.
 
     Raises:
         CheckpointError: the model cannot be loaded.
-        DeviceError: a device does not exist, or its memory holds not even one page.
-        InvalidRequest: `kv_memory` or `dtype` means nothing.
+        DeviceError: a device does not exist, cannot do what is asked of it, or its memory holds not even one page.
+        InvalidRequest: an option means nothing.
     """
-    wanted_bytes = None if kv_memory is None else parse_bytes(kv_memory)
-    placed = place_replicas(replicas, devices)
+    placed = place_replicas(options.replicas, options.devices)
     began = time.monotonic()
+    tokens = options.max_batched_tokens or min(TOKENS_PER_STEP[device.type] for device in placed)
     with _checkpoint_folder(model) as folder:
         tokenizer = Tokenizer(folder)
-        models: dict[torch.device, Model] = {}
-        for device in placed:
-            if device not in models:
-                models[device] = load_model(folder, device=device, dtype=dtype)
-    config = models[placed[0]].config
-    pages = min(kv_pages(models[device], page_size, wanted_bytes, sharing=placed.count(device)) for device in models)
-    engines = [
-        Engine(
-            HostRunner(models[device], pages=pages, page_size=page_size),
-            tokenizer,
-            replica=number,
-            max_batched_tokens=max_batched_tokens,
-            max_running=max_running,
-            local_order=local_order,
-        )
-        for number, device in enumerate(placed)
-    ]
+        loads = {
+            device: _load_on(device, folder, placed.count(device), tokens, options) for device in dict.fromkeys(placed)
+        }
+        pages = min(one.pages for one in loads.values())
+        engines = [
+            Engine(
+                loads[device].runner(pages),
+                tokenizer,
+                replica=number,
+                max_batched_tokens=tokens,
+                max_running=options.max_running,
+                local_order=options.local_order,
+            )
+            for number, device in enumerate(placed)
+        ]
+    first = loads[placed[0]].model
     logger.info(
         "loaded %s (%s, %s) in %.1f s: %d replicas with %d tokens of KV each",
         model,
-        config.architecture,
-        str(models[placed[0]].dtype).removeprefix("torch."),
+        first.config.architecture,
+        str(first.dtype).removeprefix("torch."),
         time.monotonic() - began,
         len(engines),
-        pages * page_size,
+        pages * options.page_size,
     )
     torch_threads = max(len(os.sched_getaffinity(0)) // len(engines), 1)
-    return Loaded(engines, tokenizer, config, pages * page_size, torch_threads)
+    return Loaded(engines, tokenizer, first.config, pages * options.page_size, tokens, torch_threads)
+
+
+def _load_on(
+    device: torch.device, folder: Path, replicas: int, max_batched_tokens: int, options: LoadOptions
+) -> ModelLoad:
+    kv_bytes = None if options.kv_memory is None else parse_bytes(options.kv_memory)
+    if device.type == "cpu" and options.attention != "triton":
+        if options.attention not in ("auto", "torch"):
+            raise InvalidRequest(f"attention must be 'auto' or 'torch' on the CPU, not {options.attention!r}")
+        if options.kv_dtype != "auto":
+            raise InvalidRequest(f"kv_dtype must be 'auto' on the CPU, not {options.kv_dtype!r}")
+        return HostLoad(folder, replicas=replicas, dtype=options.dtype, page_size=options.page_size, kv_bytes=kv_bytes)
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise DeviceError(
+            "attention='triton' on the CPU is for debugging, in Triton's interpreter: set TRITON_INTERPRET=1 before "
+            "Python starts. Use attention='auto' to compute on the CPU"
+        )
+    from preble.engine.device.build import DeviceLoad, DeviceOptions
+
+    return DeviceLoad(
+        folder,
+        device=device,
+        replicas=replicas,
+        dtype=options.dtype,
+        options=DeviceOptions(
+            page_size=options.page_size,
+            kv_bytes=kv_bytes,
+            max_batched_tokens=max_batched_tokens,
+            max_running=options.max_running,
+            attention=options.attention,
+            kv_dtype=options.kv_dtype,
+        ),
+    )
 
 
 @contextmanager
@@ -140,71 +178,11 @@ def launch(loaded: Loaded, listener: Listener) -> list[Replica]:
     ]
 
 
-def place_replicas(replicas: int | None, devices: Sequence[str] | None) -> list[torch.device]:
-    """The device of each replica: `devices` in turn, or the CPU."""
-    if devices is None and torch.cuda.is_available():
-        logger.warning("this version computes on the CPU; the %d visible GPUs stay idle", torch.cuda.device_count())
-    parsed = [_device(name) for name in devices or ["cpu"]]
-    return [parsed[number % len(parsed)] for number in range(replicas or len(parsed))]
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        raise DeviceError(f"{name!r} is not a device name; use 'cpu'") from None
-    if device.type == "cuda":
-        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= visible:
-            raise DeviceError(f"device {name!r} does not exist: {visible or 'no'} CUDA devices are visible here")
-    if device.type != "cpu":
-        raise DeviceError(f"device {name!r}: this version computes on 'cpu' only")
-    return torch.device("cpu")
-
-
-def kv_pages(model: Model, page_size: int, wanted_bytes: int | None, *, sharing: int) -> int:
-    """How many KV pages a replica gets: `wanted_bytes` worth, or its share of the device's free memory."""
-    config = model.config
-    page_bytes = KVCache.bytes_per_page(
-        layers=config.layers,
-        page_size=page_size,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        dtype=model.dtype,
-    )
-    free = _free_memory()
-    if wanted_bytes is None:
-        budget = min(int(free * SHARE_OF_FREE_MEMORY) // sharing, MOST_KV_MEMORY)
-    else:
-        budget = wanted_bytes
-        if budget * sharing > free:
-            raise DeviceError(
-                f"kv_memory of {budget / GIB:.2f} GiB for each of {sharing} replicas is more than the "
-                f"{free / GIB:.2f} GiB free on {model.device}; lower kv_memory or replicas"
-            )
-    pages = budget // page_bytes
-    if pages < 1:
-        raise DeviceError(
-            f"kv_memory of {budget} bytes holds not one page of {page_bytes} bytes; raise kv_memory or lower page_size"
-        )
-    return pages
-
-
-def _free_memory() -> int:
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo)
-    assert match is not None
-    return int(match[1]) * 1024
-
-
 def parse_bytes(value: int | str) -> int:
     """`"2GiB"`, `"512 MiB"`, `"1.5GB"` or a plain number of bytes."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    units = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": GIB, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+    units = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower()) if isinstance(value, str) else None
     if match is None or match[2] not in units or float(match[1]) == 0:
         raise InvalidRequest(f"kv_memory must be a number of bytes or a string such as '2GiB', not {value!r}")

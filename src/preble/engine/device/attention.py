@@ -17,6 +17,12 @@ class Attention(Protocol):
     name: str
     """For `stats`: triton, flash-attn or torch."""
 
+    capturable: bool
+    """Whether CUDA graphs may hold it: it never waits for the device, and decides nothing by what tensors hold."""
+
+    shares_prefixes: bool
+    """Whether it takes `DecodeInputs.shared`."""
+
     def begin(self, batch: DeviceBatch) -> None:
         """Prepare what all layers of a forward pass have in common."""
         ...

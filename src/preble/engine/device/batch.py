@@ -79,6 +79,8 @@ class DeviceModel(Protocol):
     device: torch.device
     dtype: torch.dtype
     """Of the activations."""
+    capturable: bool
+    """Whether CUDA graphs may hold its forward pass."""
 
     def forward(self, batch: DeviceBatch, kv: KVCache, attention: Attention) -> torch.Tensor:
         """Write K and V of the new tokens to their slots and return logits [R, vocabulary]. Never waits for the

@@ -29,6 +29,7 @@ class DeviceDecoder:
         self.config = config
         self.device = device
         self.dtype = dtype
+        self.capturable = operations.capturable
         self._weights = weights
         self._operations = operations
         self._rope = RotaryEmbedding(config, device=device)

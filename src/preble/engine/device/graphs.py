@@ -65,7 +65,7 @@ class DecodeBuffers:
         )
 
     def share(self, size: int, inputs: Sequence[torch.Tensor]) -> int:
-        """Enter members, prefix lengths and starts of shared prefixes for `size` decodes, or nothing; how many tiles."""
+        """Enter members, prefix lengths and starts of shared prefixes for `size` decodes, or none; how many tiles."""
         if not inputs:
             return 0
         assert self.shared is not None
@@ -94,7 +94,7 @@ class DecodeGraphs:
 
     def capture(self) -> None:
         """Capture every variant on the current stream, the largest first, so that the others fit in its memory."""
-        pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        pool = torch.cuda.graph_pool_handle()
         for size, tiles in sorted(self.variants, reverse=True):
             batch = self._buffers.batch(size, tiles)
             self._forward(batch)  # what is compiled or allocated once must not be in the graph

@@ -53,6 +53,8 @@ class KernelAttention:
         max_decodes: int,
     ) -> None:
         self.name = operations.name
+        self.capturable = operations.capturable
+        self.shares_prefixes = True
         self._config = config
         self._operations = operations
         self._device = device

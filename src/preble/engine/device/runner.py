@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -13,6 +11,7 @@ import torch
 from preble.engine.device.attention import Attention
 from preble.engine.device.batch import DeviceBatch, DeviceModel, ExtendInputs
 from preble.engine.device.graphs import DecodeBuffers, DecodeGraphs, buckets_up_to
+from preble.engine.device.queue import Queue, make_queue
 from preble.engine.device.rows import RequestRows
 from preble.engine.device.sampling import DeviceSampling, samples_on_host
 from preble.engine.device.sharing import PrefixSharing
@@ -44,7 +43,7 @@ class DeviceRunner:
         max_running: requests at once.
         max_batched_tokens: tokens of a step at most.
         ahead: steps to launch before the result of the oldest is read.
-        stream: the CUDA stream to work on; None off CUDA.
+        queue: for its work alone; one is made by default.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class DeviceRunner:
         max_running: int,
         max_batched_tokens: int,
         ahead: int = 1,
-        stream: torch.cuda.Stream | None = None,
+        queue: Queue | None = None,
     ) -> None:
         config, device = model.config, model.device
         self.config = config
@@ -70,27 +69,31 @@ class DeviceRunner:
         self._operations = operations
         self._attention = attention
         self._kv = kv
-        self._stream = stream
+        self._queue = make_queue(device) if queue is None else queue
         max_running = min(max_running, max_batched_tokens)
         pages_per_row = -(-min(config.context_length, kv.pages * kv.page_size) // kv.page_size)
-        with self._queue():
+        with self._queue.use():
             self._tables = torch.zeros(max_running, pages_per_row, dtype=torch.int32, device=device)
             self._rows = RequestRows(max_running)
             self._sampling = DeviceSampling(max_running, config.vocabulary_size, operations=operations, device=device)
-            self._staging = Staging(device, depth=IN_FLIGHT)
-            self._results = [
-                torch.empty(max_running, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(IN_FLIGHT)
-            ]
+            self._staging = Staging(self._queue, device, depth=IN_FLIGHT)
+            self._results = [self._queue.host_tensor((max_running,), torch.int32) for _ in range(IN_FLIGHT)]
             self._turn = 0
-            self._sharing = PrefixSharing(config, dtype=model.dtype, device=device, page_size=kv.page_size)
+            self._sharing = PrefixSharing(
+                config,
+                dtype=model.dtype,
+                kv_itemsize=kv.keys.itemsize,
+                device=device,
+                page_size=kv.page_size,
+            )
             self._buckets = buckets_up_to(max_running)
-            shared_tiles = self._sharing.tiles(max_running)
+            shared_tiles = self._sharing.tiles(max_running) if attention.shares_prefixes else None
             self._buffers = DecodeBuffers(max_running, self._tables, shared_tiles=shared_tiles)
             variants = [(size, 0) for size in self._buckets]
             if shared_tiles is not None:
                 variants += [(size, tiles[0]) for size in self._buckets if (tiles := self._sharing.tiles(size))]
             self._graphs = DecodeGraphs(self._forward, self._buffers, variants)
-            self._mixed = DecodeBuffers(max_batched_tokens, self._tables, shared_tiles=None)
+            self._mixed = DecodeBuffers(max_batched_tokens, self._tables, shared_tiles=shared_tiles)
         self._query_tile = tile_tokens(
             architecture_of(device),
             query_heads=config.query_heads,
@@ -99,11 +102,23 @@ class DeviceRunner:
             dtype=model.dtype,
         )
 
+    @property
+    def graphs(self) -> int:
+        """How many CUDA graphs `capture` makes."""
+        captured = self._queue.captures and self._model.capturable and self._attention.capturable
+        return len(self._graphs.variants) if captured else 0
+
     def capture(self) -> None:
-        """Capture the CUDA graphs. Off CUDA there is nothing to do."""
-        if self.device.type == "cuda":
-            with self._queue():
+        """Capture the CUDA graphs, where device, model and attention allow that."""
+        if self.graphs:
+            with self._queue.use():
                 self._graphs.capture()
+
+    def rehearse_decode(self) -> None:
+        """Run the largest decode step on nothing."""
+        with self._queue.use():
+            for size, tiles in self._graphs.variants[-1:] + self._graphs.variants[:1]:
+                self._forward(self._buffers.batch(size, tiles))
 
     def lockstep(self, state: SamplingState) -> bool:
         """Whether a request's next step has to wait until its token is known: the host samples for it."""
@@ -113,14 +128,13 @@ class DeviceRunner:
         """Queue a step. Returns before it is computed."""
         decodes = [chunk for chunk in plan.chunks if chunk.count == 1]
         extends = [chunk for chunk in plan.chunks if chunk.count > 1]
-        with self._queue():
+        with self._queue.use():
             return self._extend(decodes, extends, plan) if extends else self._decode(decodes, plan)
 
     def _decode(self, chunks: list[Chunk], plan: StepPlan) -> DeviceStep:
         """A step of decodes alone, padded to a bucket."""
         size = next(bucket for bucket in self._buckets if bucket >= len(chunks))
-        shared = self._sharing.find(chunks, size)
-        more = [] if shared is None else [shared.members, shared.prefix_lengths, shared.starts]
+        more = self._shared(chunks, size)
         logit_rows = LogitRows.of(chunks, plan, every=True)
         inputs, sharing = self._enter(chunks, logit_rows, size, self._buffers, more)
         tiles = self._buffers.share(size, sharing)
@@ -136,17 +150,17 @@ class DeviceRunner:
         tiles = extend_tiles(counts, contexts, self._query_tile)
         entries = len(decodes) + int(counts.sum())
         logit_rows = LogitRows.of(chunks, plan, every=False)
-        inputs, there = self._enter(
-            chunks, logit_rows, entries, self._mixed, [logit_rows.entries, contexts, query_starts, tiles]
-        )
-        entries_there, contexts_there, starts_there, tiles_there = there
+        more = [logit_rows.entries, contexts, query_starts, tiles, *self._shared(decodes, len(decodes))]
+        inputs, there = self._enter(chunks, logit_rows, entries, self._mixed, more)
+        entries_there, contexts_there, starts_there, tiles_there, *sharing = there
         mixed = self._mixed
+        shared_tiles = mixed.share(len(decodes), sharing)
         batch = DeviceBatch(
             token_ids=mixed.token_ids[:entries],
             positions=mixed.positions[:entries],
             slots=mixed.slots[:entries],
             tables=self._tables,
-            decodes=mixed.batch(len(decodes), 0).decodes if decodes else None,
+            decodes=mixed.batch(len(decodes), shared_tiles).decodes if decodes else None,
             extends=ExtendInputs(
                 rows=inputs.extend_rows,
                 context_lengths=contexts_there,
@@ -158,6 +172,11 @@ class DeviceRunner:
             logit_rows=entries_there,
         )
         return self._sample(self._forward(batch), logit_rows, inputs)
+
+    def _shared(self, decodes: list[Chunk], size: int) -> list[Ints]:
+        """Members, prefix lengths and starts of what decodes read together; nothing where they do not."""
+        shared = self._sharing.find(decodes, size) if self._buffers.shared is not None else None
+        return [] if shared is None else [shared.members, shared.prefix_lengths, shared.starts]
 
     def _enter(
         self, chunks: list[Chunk], logit_rows: LogitRows, entries: int, buffers: DecodeBuffers, more: list[Ints]
@@ -178,11 +197,12 @@ class DeviceRunner:
                 logit_rows.table_rows(numbers),
                 logit_rows.positions,
                 extend_rows.astype(np.int32),
+                np.array([logit_rows.places[one.chunk] for one in logit_rows.on_host], np.int32),
                 *sampling,
                 *more,
             ]
         )
-        updates_there, described_there, source, sample_rows, positions, extends, *rest = sent
+        updates_there, described_there, source, sample_rows, positions, extends, host_rows, *rest = sent
         if len(updates):
             self._operations.update_tables(self._tables, updates_there)
         self._sampling.enter(new, rest[: len(sampling)])
@@ -198,38 +218,23 @@ class DeviceRunner:
             context_lengths=buffers.context_lengths[: len(described)],
             rows=buffers.rows[: len(described)],
         )
-        return _Sent(sample_rows, positions, extends), rest[len(sampling) :]
+        return _Sent(sample_rows, positions, extends, host_rows), rest[len(sampling) :]
 
     def _sample(self, logits: torch.Tensor, rows: LogitRows, sent: _Sent) -> DeviceStep:
         """Queue the choice of the next tokens, and their way to the host."""
-        on_gpu = self.device.type == "cuda"
         self._turn = (self._turn + 1) % len(self._results)
         tokens = self._results[self._turn][: len(logits)]
         host_logits = None
         if rows.on_host:
-            wanted = torch.tensor([rows.places[one.index] for one in rows.on_host], pin_memory=on_gpu)
-            picked = logits[wanted.to(self.device, non_blocking=True)]  # before `sample`, which may edit them
-            host_logits = torch.empty(picked.shape, dtype=picked.dtype, pin_memory=on_gpu)
+            picked = logits[sent.host_rows]
+            host_logits = self._queue.host_tensor(tuple(picked.shape), picked.dtype)
             host_logits.copy_(picked, non_blocking=True)
         if len(logits):
             tokens.copy_(self._sampling.sample(logits, sent.sample_rows, sent.positions), non_blocking=True)
-        done = None
-        if on_gpu:
-            done = torch.cuda.Event()
-            done.record()
-        return DeviceStep(rows, tokens, host_logits, done)
+        return DeviceStep(rows, tokens, host_logits, self._queue.mark())
 
     def _forward(self, batch: DeviceBatch) -> torch.Tensor:
         return self._model.forward(batch, self._kv, self._attention)
-
-    @contextmanager
-    def _queue(self) -> Iterator[None]:
-        """Work goes to this runner's own stream."""
-        if self._stream is None:
-            yield
-        else:
-            with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-                yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +247,8 @@ class _Sent:
     """int32 [R]."""
     extend_rows: torch.Tensor
     """int32 [E]: the table rows of the prefill chunks, aligned as kernels expect, unlike a part of all rows."""
+    host_rows: torch.Tensor
+    """int32 [H]: the rows of logits from which the host samples."""
 
 
 def _described(chunks: list[Chunk], numbers: list[int], entries: int) -> Ints:

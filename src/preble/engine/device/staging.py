@@ -8,24 +8,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from preble.engine.device.queue import Mark, Queue
+
 ALIGNMENT = 4
 """Integers: every array begins at a multiple of 16 bytes."""
 
 
 class Staging:
-    """Packs the int32 arrays of a step into pinned memory and copies them at once, without waiting for the device.
+    """Packs the int32 arrays of a step into host memory and copies them at once, without waiting for the device.
 
     What `send` returns is valid for work that is queued before the next `send`: both go through the same queue.
 
     Args:
+        queue: that of the work.
         device: where to.
         depth: buffers to take in turn, so that one is filled while others are on their way.
     """
 
-    def __init__(self, device: torch.device, *, depth: int) -> None:
+    def __init__(self, queue: Queue, device: torch.device, *, depth: int) -> None:
+        self._queue = queue
         self._device = device
-        self._hosts: list[torch.Tensor] = [torch.empty(0, dtype=torch.int32)] * depth
-        self._sent: list[torch.cuda.Event | None] = [None] * depth
+        self._hosts = [torch.empty(0, dtype=torch.int32)] * depth
+        self._sent: list[Mark | None] = [None] * depth
         self._turn = 0
         self._target = torch.empty(0, dtype=torch.int32, device=device)
 
@@ -43,10 +47,7 @@ class Staging:
         for start, array in zip(starts, arrays, strict=True):
             packed[start : start + array.size] = array.reshape(-1)
         self._target[:size].copy_(host[:size], non_blocking=True)
-        if self._device.type == "cuda":
-            event = self._sent[self._turn] or torch.cuda.Event()
-            event.record()
-            self._sent[self._turn] = event
+        self._sent[self._turn] = self._queue.mark()
         return [
             self._target[start : start + array.size].view(array.shape)
             for start, array in zip(starts, arrays, strict=True)
@@ -54,10 +55,9 @@ class Staging:
 
     def _next_buffer(self, size: int) -> torch.Tensor:
         self._turn = (self._turn + 1) % len(self._hosts)
-        event = self._sent[self._turn]
-        if event is not None:
-            event.synchronize()
+        sent = self._sent[self._turn]
+        if sent is not None:
+            sent.wait()
         if len(self._hosts[self._turn]) < size:
-            pinned = self._device.type == "cuda"
-            self._hosts[self._turn] = torch.empty(2 * size, dtype=torch.int32, pin_memory=pinned)
+            self._hosts[self._turn] = self._queue.host_tensor((2 * size,), torch.int32)
         return self._hosts[self._turn]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from preble.engine.device.queue import Mark
 from preble.engine.device.sampling import samples_on_host
 from preble.engine.sampler import Sampler, SampleResult, SamplingState
 from preble.sched.step_plan import Chunk, StepPlan
@@ -20,8 +21,8 @@ Ints = NDArray[np.int32]
 class HostSample(NamedTuple):
     """A token that the host chooses."""
 
-    index: int
-    """Of the chunk, among those of the plan that sample."""
+    chunk: int
+    """Which of the plan's chunks that sample."""
     state: SamplingState
     position: int
 
@@ -70,7 +71,7 @@ class LogitRows:
         )
 
     def table_rows(self, numbers: list[int]) -> Ints:
-        """[R]: the table row to sample for, of the rows `numbers` of the batch's chunks; -1 where the device does not."""
+        """[R]: the table row to sample for, given those of the batch's chunks; -1 where the device does not sample."""
         rows = np.array([numbers[at] for at in self.chunks], np.int32)
         return np.where(self.on_device, rows, np.int32(-1))
 
@@ -84,13 +85,11 @@ class DeviceStep:
     """int32 [R] in host memory, there once `done`: the token of each row, -1 where its logits were invalid."""
     logits: torch.Tensor | None
     """[H, vocabulary] in host memory, there once `done`: one row for each of `rows.on_host`."""
-    done: torch.cuda.Event | None
-    """None where nothing runs behind the host's back."""
+    done: Mark
 
     def result(self) -> SampleResult:
         """Wait for the device, and choose what is left to the host."""
-        if self.done is not None:
-            self.done.synchronize()
+        self.done.wait()
         sampled = self.tokens.tolist()
         tokens = [sampled[place] for place in self.rows.places]
         result = SampleResult(tokens, [None] * len(tokens))
@@ -100,7 +99,7 @@ class DeviceStep:
                 self.logits.float(), [one.state for one in on_host], [one.position for one in on_host]
             )
             for one, token, logprob in zip(on_host, chosen.tokens, chosen.logprobs, strict=True):
-                tokens[one.index] = token
-                result.logprobs[one.index] = logprob
+                tokens[one.chunk] = token
+                result.logprobs[one.chunk] = logprob
         result.invalid.extend(index for index, token in enumerate(tokens) if token < 0)
         return result

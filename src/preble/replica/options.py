@@ -1,0 +1,22 @@
+"""How replicas are to be made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What a user may choose about replicas; see `Cluster`."""
+
+    replicas: int | None = None
+    devices: Sequence[str] | None = None
+    dtype: str = "auto"
+    page_size: int = 64
+    kv_memory: int | str | None = None
+    kv_dtype: str = "auto"
+    attention: str = "auto"
+    max_batched_tokens: int | None = None
+    max_running: int = 256
+    local_order: str = "hrrn"
