@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 import pytest
 import torch
@@ -20,6 +21,20 @@ from preble.kernels.prepare import (
 
 TABLE_ROWS = 6
 POISON = -7
+GUARD = 600
+"""Elements on either side of what a kernel writes that it must leave alone: more than a program works on."""
+
+
+def guarded(*shape: int) -> torch.Tensor:
+    """Poison, with more of it before and behind."""
+    size = prod(shape)
+    return torch.full((size + 2 * GUARD,), POISON, dtype=torch.int32, device=DEVICE)[GUARD : GUARD + size].view(shape)
+
+
+def guards(tensor: torch.Tensor) -> torch.Tensor:
+    """What lies on either side of a guarded tensor."""
+    everything = tensor.as_strided((tensor.numel() + 2 * GUARD,), (1,), 0)
+    return torch.cat([everything[:GUARD], everything[-GUARD:]])
 
 
 def integers(values: object) -> torch.Tensor:
@@ -36,12 +51,14 @@ def test_updates_reach_their_places_and_no_others(data: st.DataObject) -> None:
     padding = data.draw(st.integers(0, 5 if updates else 300))
     updates = data.draw(st.permutations(updates + [[-1, 0, 99]] * min(padding, 5))) + [[-1, 5, 98]] * (padding - 5)
     # More columns than a row has: the next row begins later.
-    tables = torch.full((TABLE_ROWS, pages + 3), POISON, dtype=torch.int32, device=DEVICE)
+    tables = guarded(TABLE_ROWS, pages + 3)
     expected = tables.clone()
-    packed = integers(updates).reshape(-1, 3)
+    # What follows in the buffer might be taken for an update.
+    packed = integers([*updates, [0, pages, 97]]).view(-1, 3)[:-1]
     update_tables_reference(expected[:, :pages], packed)
     update_tables(tables[:, :pages], packed)
     assert torch.equal(tables, expected)
+    assert (guards(tables) == POISON).all()
     for row, index, page in updates:
         assert row < 0 or int(tables[row, index]) == page
 
@@ -70,13 +87,13 @@ class Step:
         generator = torch.Generator().manual_seed(self.seed)
         pages = max(first + count for _, first, count, _ in self.chunks) // self.page_size + 1
         sources = self.sources or torch.randint(-1, 2, (self.entries,), generator=generator).tolist()
-        packed = integers([0, *(number for chunk in self.chunks for number in chunk), *sources])
+        packed = integers([0, *(number for chunk in self.chunks for number in chunk), *sources, 0, 0, 0, 0])
         # Only the pages that a row has got are page numbers.
         tables = torch.randperm(TABLE_ROWS * (pages + 2), generator=generator).view(TABLE_ROWS, -1)
         last_tokens = torch.randint(2**17, 2**18, (TABLE_ROWS,), generator=generator)
         return {
             "chunks": packed[1 : 1 + 4 * len(self.chunks)].view(-1, 4),
-            "token_source": packed[1 + 4 * len(self.chunks) :],
+            "token_source": packed[1 + 4 * len(self.chunks) : -4],
             "tables": tables.to(DEVICE, torch.int32)[:, :pages],
             "last_tokens": last_tokens.to(DEVICE, torch.int32),
         }
@@ -84,7 +101,7 @@ class Step:
     def outputs(self) -> dict[str, torch.Tensor]:
         sizes = {"token_ids": self.entries, "positions": self.entries, "slots": self.entries}
         sizes |= dict.fromkeys(("context_lengths", "rows", "logit_rows"), len(self.chunks))
-        return {name: torch.full((size,), POISON, dtype=torch.int32, device=DEVICE) for name, size in sizes.items()}
+        return {name: guarded(size) for name, size in sizes.items()}
 
 
 def prepared(step: Step) -> dict[str, list[int]]:
@@ -95,6 +112,8 @@ def prepared(step: Step) -> dict[str, list[int]]:
     prepare_inputs_reference(**inputs, page_size=step.page_size, **expected)
     for name, tensor in inputs.items():
         assert torch.equal(tensor, kept[name]), name
+    for name, tensor in outputs.items():
+        assert (guards(tensor) == POISON).all(), name
     got = {name: tensor.tolist() for name, tensor in outputs.items()}
     assert got == {name: tensor.tolist() for name, tensor in expected.items()}
     return got
@@ -107,9 +126,8 @@ def mixed_steps(draw: st.DrawFn) -> Step:
     spare = draw(st.sampled_from([0, 0, 1, 5]))
     chunks, entry = [], 0
     for length in lengths:
-        row = draw(st.integers(0, TABLE_ROWS - 1)) if length else 0
-        position = draw(st.integers(0, 400)) if length else 0
-        chunks.append((row, position, length, entry))
+        row = draw(st.integers(0, TABLE_ROWS - 1))
+        chunks.append((row, draw(st.integers(0, 400)), length, entry))
         entry += max(length, 1) + draw(st.integers(0, spare))
     return Step(chunks, entry, page_size=draw(st.sampled_from([16, 64, 128])), seed=draw(st.integers(0, 99)))
 

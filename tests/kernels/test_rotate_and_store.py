@@ -63,13 +63,14 @@ class Inputs:
         width = case.query_width + 2 * kv_heads * head_dim
         qkv = torch.full((tokens, width + 16), float("nan"), dtype=case.dtype, device=DEVICE)
         qkv = qkv[:, :width].copy_(random(tokens, width) * 3)
-        shape = (tokens + SPARE, kv_heads, head_dim)
+        # With a slot before the first, where a store to slot -1 would go.
+        shape = (1 + tokens + SPARE, kv_heads, head_dim)
         if case.fp8:
-            keys, values = (torch.full(shape, 0x7F, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+            keys, values = (torch.full(shape, 0x7F, dtype=torch.uint8, device=DEVICE)[1:] for _ in range(2))
             # From what saturates to what is subnormal.
             scales = [torch.logspace(-3, 1, kv_heads).to(DEVICE), torch.logspace(1, -3, kv_heads).to(DEVICE)]
         else:
-            keys, values = (torch.full(shape, float("nan"), dtype=case.dtype, device=DEVICE) for _ in range(2))
+            keys, values = (torch.full(shape, float("nan"), dtype=case.dtype, device=DEVICE)[1:] for _ in range(2))
             scales = [None, None]
         slots = torch.randperm(tokens + SPARE, generator=generator)[:tokens]
         slots = slots.where(torch.tensor(case.stored, dtype=torch.bool), -1).to(DEVICE, torch.int32)
@@ -117,15 +118,18 @@ def check(case: Case) -> None:
         (inputs.keys, exact.keys, inputs.named["key_scales"]),
         (inputs.values, exact.values, inputs.named["value_scales"]),
     ):
+        before_first = cache.as_strided(cache[0].shape, cache[0].stride(), 0)
         got, want = cache[taken], want[taken]
         if case.fp8:
             assert (cache[untouched] == 0x7F).all()
+            assert (before_first == 0x7F).all()
             # The nearest of the values that there are: 4 bits of precision, and 2 ** -9 at least between them.
             want = (want / scales[:, None]).clamp(-LARGEST, LARGEST)
             allowed = want.abs().mul(2.0**-4).clamp(min=2.0**-10) + 10 * tolerance * want.abs()
             assert ((decoded(got).double() - want).abs() <= allowed).all()
         else:
             assert cache[untouched].isnan().all()
+            assert before_first.isnan().all()
             if len(taken):
                 assert relative_error(got, want) < tolerance
     if case.fp8:  # V is computed with a single rounding before that to 8 bits, as the division of torch is

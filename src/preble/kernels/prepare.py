@@ -120,7 +120,7 @@ def prepare_inputs(
     graph has as many entries for every chunk, and chunks without tokens at its end.
 
     chunks: [B, 4] contiguous: table row, position of the first token, number of tokens, index of the first entry,
-        which is 0 for the first chunk and never decreases.
+        which is 0 for the first chunk and rises: even a chunk without tokens has an entry.
     token_source: [N]: the token id, or -1 for the one that the row sampled last. Not read for padding.
     tables: [table_rows, pages_per_row] page numbers.
     last_tokens: [table_rows].
