@@ -213,9 +213,11 @@ def load_code(folder: Path, config: ModelConfig, *, device: torch.device, dtype:
     """Load a checkpoint folder into transformers' model of its architecture; `dtype` as for `resolve_dtype`.
 
     Raises `CheckpointError` when files or tensors are missing, superfluous, of the wrong shape or unreadable,
-    `UnsupportedModel` when the architecture's code is too old for this, and `DeviceError` when the device lacks the
+    `UnsupportedModel` when the architecture's code or shape does not fit, and `DeviceError` when the device lacks the
     memory. It remains to be tried.
     """
+    if config.query_heads % config.kv_heads:
+        raise _unsupported(config, f"{config.kv_heads} KV heads cannot serve {config.query_heads} query heads evenly")
     checkpoint = Checkpoint(folder)
     resolved = resolve_dtype(dtype, stored=config.dtype or checkpoint.main_dtype, device=device)
     try:
