@@ -58,8 +58,9 @@ class Case:
 
     @property
     def starts(self) -> list[int]:
+        """Of padding, whatever was there before."""
         start = self.shared_pages * self.page_size
-        return [start if length - self.query_length >= start else 0 for length in self.lengths]
+        return [start if length == 0 or length - self.query_length >= start else 0 for length in self.lengths]
 
     def kv(self) -> MadeKV:
         return make_kv(
@@ -162,6 +163,8 @@ class Decode:
         """What the kernel for shared prefixes would leave."""
         step = self.case.shared_split_pages * self.case.page_size
         for sequence, start in enumerate(self.case.starts):
+            if self.case.lengths[sequence] == 0:
+                continue
             rows = slice(sequence * self.case.query_length, (sequence + 1) * self.case.query_length)
             for split, begin in enumerate(range(0, start, step)):
                 tokens = range(begin, min(begin + step, start))
@@ -246,6 +249,8 @@ def cases(draw: st.DrawFn, *, shared: bool = False) -> Case:
 @settings(WIDE, max_examples=40)
 @given(cases())
 @example(Case([MOST_TOKENS, 0, 1, 64, 65], splits=5, programs=40))
+@example(Case([32, 33], programs=64))  # one split to the last token, and one token more
+@example(Case([34], query_length=8, programs=64))  # whose first queries see none of the last split
 @example(Case([300], window=1, query_length=8, group=7))
 @example(Case([300], window=40, query_length=8, dtype=torch.float16))
 @example(Case([200, 0], page_size=128, head_dim=256, listed=False))
@@ -262,6 +267,7 @@ def test_decode_is_attention(case: Case) -> None:
 @settings(WIDE, max_examples=25)
 @given(cases(shared=True))
 @example(Case([256, 100, 0, 257], shared_pages=16, shared_split_pages=3, splits=3))
+@example(Case([420, 0, 300], shared_pages=12, head_dim=256, splits=14, programs=64))  # more than are merged at a time
 @example(Case([90, 95, 81], shared_pages=5, shared_split_pages=2, splits=1, query_length=8, dtype=torch.float16))
 @example(Case([90, 64], shared_pages=2, window=20, splits=2, query_length=2))
 def test_after_a_shared_prefix_own_tokens_are_added(case: Case) -> None:
@@ -277,6 +283,7 @@ def test_after_a_shared_prefix_own_tokens_are_added(case: Case) -> None:
 @settings(WIDE, max_examples=25)
 @given(st.booleans().flatmap(lambda shared: cases(shared=shared)))
 @example(Case([150, 20], fp8=True, dtype=torch.float16))
+@example(Case([34], query_length=8, programs=64))
 @example(Case([300], window=1, query_length=8, group=7))
 def test_kernels_write_what_their_references_write(case: Case) -> None:
     """And nothing else: what is not written stays NaN in both."""
