@@ -190,6 +190,17 @@ def test_what_saves_most_is_shared() -> None:
     assert groups_of(shared) == [([*range(9)], 1024)]
 
 
+def test_those_below_a_node_part_where_that_pays() -> None:
+    """A long document is worth a tile of its own; two more pages for two requests are not."""
+    system, document, note = list(range(64)), list(range(1000, 1112)), [2000, 2001]
+    begins = [[*system, *document]] * 8 + [[*system, *note]] * 2 + [system] * 6
+    tables = [[*begin, 9000 + i] for i, begin in enumerate(begins)]
+    shared = PrefixGroups(LLAMA_3_8B, requests_per_tile=16, page_size=64).update(
+        tables, [len(table) * 64 for table in tables], batch=16, tiles=4
+    )
+    assert groups_of(shared) == [([*range(8)], 176 * 64), ([*range(8, 16)], 64 * 64)]
+
+
 def test_large_groups_are_cut_and_one_request_shares_nothing() -> None:
     tables = [[*range(128), 500 + i] for i in range(33)]
     shared = PrefixGroups(LLAMA_3_8B, requests_per_tile=16, page_size=64).update(tables, [8200] * 33, batch=33, tiles=4)
