@@ -477,7 +477,7 @@ async def test_bad_cluster_arguments_are_refused_at_once(options: dict[str, Any]
         ({"kv_memory": "900000GiB"}, preble.DeviceError, "GiB free"),
         ({"devices": ["cuda:7"]}, preble.DeviceError, "cuda:7"),
         ({"devices": ["gpu"]}, preble.DeviceError, "not a device name"),
-        ({"devices": ["meta"]}, preble.DeviceError, "computes on 'cpu' only"),
+        ({"devices": ["meta"]}, preble.DeviceError, "run on 'cpu' and on CUDA"),
     ],
 )
 async def test_what_cannot_be_started_says_why(

@@ -115,10 +115,11 @@ class DeviceRunner:
                 self._graphs.capture()
 
     def rehearse_decode(self) -> None:
-        """Run the largest decode step on nothing."""
+        """Run the largest decode steps on nothing."""
         with self._queue.use():
-            for size, tiles in self._graphs.variants[-1:] + self._graphs.variants[:1]:
-                self._forward(self._buffers.batch(size, tiles))
+            for size, tiles in self._graphs.variants:
+                if size == self._buckets[-1]:
+                    self._forward(self._buffers.batch(size, tiles))
 
     def lockstep(self, state: SamplingState) -> bool:
         """Whether a request's next step has to wait until its token is known: the host samples for it."""

@@ -69,7 +69,7 @@ class DeviceTransformers:
 
         def step(pieces: list[Piece]) -> list[torch.Tensor]:
             logits = self.forward(_batch(pieces, config, self.device, self.dtype), kv, attention)
-            return list(logits.split([len(piece.token_ids) for piece in pieces]))
+            return list(torch.split(logits, [len(piece.token_ids) for piece in pieces]))
 
         self._code.try_out(step)
 
