@@ -68,7 +68,7 @@ class TransformersModel:
                 ],
                 logit_rows=torch.arange(sum(lengths)),
             )
-            return list(self.forward(batch, kv).split(lengths))
+            return list(torch.split(self.forward(batch, kv), lengths))
 
         self._code.try_out(step)
 
