@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import byte_tokenizer
+from device_world import finish, submit, tokens
 from other_checkpoints import REFUSED, SUPPORTED, VOCABULARY, write
 
 from preble.engine.config import ModelConfig
@@ -21,14 +22,12 @@ from preble.engine.device.transformers_device import DeviceTransformers, load_de
 from preble.engine.engine import Engine
 from preble.engine.host_runner import HostRunner
 from preble.engine.kv_cache import FP8, KVCache
-from preble.engine.messages import Submit
 from preble.engine.runner import Runner
 from preble.engine.tokenizer import Tokenizer
 from preble.engine.transformers_model import load_transformers_model
 from preble.errors import UnsupportedModel
 from preble.kernels.fp8 import decoded
 from preble.kernels.operations import REFERENCE, TRITON, Operations
-from preble.sampling import SamplingParams
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,27 +98,11 @@ def device_runner(model: DeviceTransformers, operations: Operations) -> DeviceRu
     )
 
 
-def greedy(runner: Runner, tokenizer: Tokenizer, prompts: list[list[int]], count: int) -> dict[str, list[int]]:
+def greedy(runner: Runner, folder: Path, prompts: list[list[int]], count: int) -> dict[str, list[int]]:
     """What every request generates."""
-    engine = Engine(runner, tokenizer, max_batched_tokens=24, max_running=MAX_RUNNING)
-    for number, prompt in enumerate(prompts):
-        engine.submit(
-            Submit(
-                request_id=str(number),
-                token_ids=np.array(prompt, np.int32),
-                prompt_length=len(prompt),
-                max_length=len(prompt) + count,
-                sampling=SamplingParams(max_tokens=count, temperature=0, ignore_eos=True),
-                seed=number,
-            )
-        )
-    tokens: dict[str, list[int]] = {}
-    with torch.inference_mode():
-        while engine.has_work:
-            for delta in engine.step().deltas:
-                assert delta.error is None
-                tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
-    return tokens
+    engine = Engine(runner, Tokenizer(folder), max_batched_tokens=24, max_running=MAX_RUNNING)
+    deltas = finish(engine, [submit(str(number), prompt, count) for number, prompt in enumerate(prompts)])
+    return {request_id: tokens(own) for request_id, own in deltas.items()}
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -142,14 +125,13 @@ def test_the_tokens_of_the_cpu(
     name: str, operations: Operations, requests: int, count: int, checkpoint: Checkpoint
 ) -> None:
     folder, config = checkpoint(name)
-    tokenizer = Tokenizer(folder)
     host = HostRunner(
         load_transformers_model(folder, config, device=CPU, dtype="float32"), pages=24, page_size=PAGE_SIZE
     )
-    expected = greedy(host, tokenizer, prompts(requests), count)
-    assert len({tuple(tokens) for tokens in expected.values()}) > requests // 2  # the comparison means something
+    expected = greedy(host, folder, prompts(requests), count)
+    assert len({tuple(generated) for generated in expected.values()}) > requests // 2  # the comparison means something
     runner = device_runner(load(folder, config, operations), operations)
-    assert greedy(runner, tokenizer, prompts(requests), count) == expected
+    assert greedy(runner, folder, prompts(requests), count) == expected
 
 
 def integers(values: Any) -> torch.Tensor:

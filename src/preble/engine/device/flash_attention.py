@@ -14,7 +14,7 @@ LARGEST_HEAD = 256
 
 
 class FlashAttention:
-    """An `Attention` of one call for the decodes and one for the prefill chunks. It shares no prefixes among decodes.
+    """An `Attention` of one call for the decodes and one for the prefill chunks.
 
     Args:
         config: of the model.
@@ -25,6 +25,7 @@ class FlashAttention:
     """
 
     name = "flash-attn"
+    shares_prefixes = False
 
     def __init__(self, config: ModelConfig, *, device: torch.device, page_size: int) -> None:
         library, problem = find_library(_capability(device), page_size)
