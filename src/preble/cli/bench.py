@@ -8,6 +8,7 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     from preble.bench import engine
+    from preble.bench.gpu import suite as gpu
     from preble.bench.sched import suite as sched
 
     suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
@@ -21,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sched.add_arguments(suite)
     suite.set_defaults(run_suite=sched.run)
+    suite = suites.add_parser("gpu", help="the kernels, the engine and the cluster on a GPU", description=gpu.__doc__)
+    gpu.add_arguments(suite)
+    suite.set_defaults(run_suite=gpu.run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,1 @@
+"""Everything that only a GPU can tell, checked and measured by one command."""
