@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from preble.engine.batch import Model
 from preble.engine.config import ModelConfig
-from preble.engine.device.batch import DeviceModel
-from preble.errors import UnsupportedModel
-from preble.kernels.operations import Operations
+
+if TYPE_CHECKING:
+    from preble.engine.device.batch import DeviceModel
+    from preble.kernels.operations import Operations
 
 
 def load_model(folder: Path, *, device: torch.device, dtype: str) -> Model:
@@ -40,4 +42,6 @@ def load_device_model(
 
         weights, resolved = load_weights(folder, config, device=device, dtype=dtype)
         return DeviceDecoder(config, weights, operations, device=device, dtype=resolved)
-    raise UnsupportedModel(f"{config.architecture} runs on the CPU only, so far")
+    from preble.engine.device.transformers_device import load_device_transformers
+
+    return load_device_transformers(folder, config, operations, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Engines over a device runner on the CPU: with the kernels' references, or with the kernels in Triton's interpreter."""
+"""Engines over a device runner on the CPU, by the kernels' references or by the kernels in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -237,11 +237,12 @@ def test_a_step_is_launched_before_the_one_before_is_read(world: DeviceWorld, mo
 
         return dataclasses.replace(step, done=Watched())
 
+    engines = [world.device(ahead=1), world.device(ahead=0)]  # which run something when they are made
     monkeypatch.setattr(DeviceRunner, "launch", watched)
-    finish(world.device(ahead=1), [submit("x", [5, 6, 7], 5)])
+    finish(engines[0], [submit("x", [5, 6, 7], 5)])
     assert calls == ["launch", "launch", "read", "launch", "read", "launch", "read", "launch", "read", "read"]
     calls.clear()
-    finish(world.device(ahead=0), [submit("x", [5, 6, 7], 3)])
+    finish(engines[1], [submit("x", [5, 6, 7], 3)])
     assert calls == ["launch", "read"] * 3
 
 

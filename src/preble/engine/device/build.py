@@ -15,7 +15,7 @@ from preble.engine.device.batch import DeviceModel
 from preble.engine.device.kernel_attention import KernelAttention
 from preble.engine.device.memory import GIB, PER_GRAPH, DeviceMemory, free_and_total
 from preble.engine.device.queue import make_queue
-from preble.engine.device.rehearsal import calibrate, extend_batch
+from preble.engine.device.rehearsal import calibrate, extend_batch, warm_up
 from preble.engine.device.runner import DeviceRunner
 from preble.engine.kv_cache import FP8, KVCache
 from preble.engine.loading import load_device_model
@@ -146,6 +146,7 @@ class DeviceLoad:
             with torch.inference_mode():
                 runner = self._runner(pages)
                 runner.capture()
+                warm_up(runner)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"{self.model.device} has less memory left than was found before ({error}); does another program use "
@@ -215,13 +216,7 @@ def attention_factory(model: DeviceModel, options: DeviceOptions, operations: Op
         )
         if problem is not None:
             raise DeviceError(f"attention='flash-attn' is not possible: {problem}; attention='triton' needs nothing")
-        return lambda: FlashAttention(
-            model.config,
-            dtype=model.dtype,
-            device=model.device,
-            page_size=options.page_size,
-            max_decodes=options.max_running,
-        )
+        return lambda: FlashAttention(model.config, device=model.device, page_size=options.page_size)
     return lambda: KernelAttention(
         model.config,
         operations=REFERENCE if options.attention == "torch" else operations,

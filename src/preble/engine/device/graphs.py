@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -96,14 +97,19 @@ class DecodeGraphs:
         """Capture every variant on the current stream, the largest first, so that the others fit in its memory."""
         pool = torch.cuda.graph_pool_handle()
         for size, tiles in sorted(self.variants, reverse=True):
-            batch = self._buffers.batch(size, tiles)
-            self._forward(batch)  # what is compiled or allocated once must not be in the graph
-            torch.cuda.current_stream().synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-                logits = self._forward(batch)
-            self._graphs[size, tiles] = graph, logits
+            self._capture(size, tiles, pool)
         logger.debug("captured %d CUDA graphs", len(self._graphs))
+
+    def _capture(self, size: int, tiles: int, pool: Any) -> None:
+        batch = self._buffers.batch(size, tiles)
+        self._forward(batch)  # what is compiled or allocated once must not be in the graph
+        stream = torch.cuda.current_stream()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Other replicas may run meanwhile, in other threads.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            logits = self._forward(batch)
+        self._graphs[size, tiles] = graph, logits
 
     def run(self, size: int, tiles: int) -> torch.Tensor:
         """Logits [size, vocabulary], valid until the next run."""

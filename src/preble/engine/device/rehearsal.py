@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
 from preble.engine.config import ModelConfig
 from preble.engine.device.attention import Attention
 from preble.engine.device.batch import DecodeInputs, DeviceBatch, DeviceModel, ExtendInputs
+from preble.engine.device.runner import DeviceRunner
 from preble.engine.kv_cache import KVCache
+from preble.engine.sampler import SamplingState
 from preble.kernels.architecture import architecture_of
 from preble.kernels.paged_extend import extend_tiles, tile_tokens
+from preble.sampling import SamplingParams
+from preble.sched.block_table import BlockTable
+from preble.sched.sequence import Sequence
+from preble.sched.step_plan import Chunk, StepPlan
 
 CALIBRATION_TOKENS = 512
 LARGEST_E4M3 = 448.0
@@ -80,3 +88,22 @@ def calibrate(model: DeviceModel, attention: Attention, page_size: int) -> tuple
         for part in (kv.keys, kv.values)
     ]
     return scales[0], scales[1]
+
+
+def warm_up(runner: DeviceRunner) -> None:
+    """Run a short request through everything, so that nothing is compiled when the first real one comes.
+
+    It uses the first pages, which nobody has yet.
+    """
+    room = min(runner.pages * runner.page_size, runner.config.context_length)
+    prompt = np.zeros(max(min(room - 1, runner.max_batched_tokens, 17), 1), np.int32)
+    params = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1)
+    state = SamplingState(params, 0, prompt, runner.config.vocabulary_size, frozenset())
+    sequence = Sequence(
+        "", prompt, prompt_length=len(prompt), max_length=len(prompt) + 1, payload=SimpleNamespace(sampling=state)
+    )
+    sequence.table = BlockTable(range(-(-(len(prompt) + 1) // runner.page_size)))
+    runner.launch(StepPlan([Chunk(sequence, 0, len(prompt), True)], len(prompt))).result()
+    if len(prompt) < room:
+        sequence.append(0)
+        runner.launch(StepPlan([Chunk(sequence, len(prompt), 1, True)], 1)).result()

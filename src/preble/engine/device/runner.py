@@ -63,6 +63,7 @@ class DeviceRunner:
         self.device = device
         self.pages = kv.pages
         self.page_size = kv.page_size
+        self.max_batched_tokens = max_batched_tokens
         self.attention = attention.name
         self.ahead = ahead
         self._model = model

@@ -35,11 +35,10 @@ class DeviceSampling:
         self.last_tokens = torch.zeros(rows, dtype=torch.int32, device=device)
         self._tokens = torch.empty(rows, dtype=torch.int32, device=device)
         self._workspace = SamplingWorkspace.allocate(rows, vocabulary_size, device)
-        self._vocabulary_size = vocabulary_size
         self._operations = operations
         self._rows = SamplingRows.allocate(rows, device)
-        self._counts: torch.Tensor | None = None
-        """Made when the first request asks for a penalty."""
+        self._counts = torch.zeros(rows, vocabulary_size, dtype=torch.int16, device=device)
+        """How often tokens occur in each row, where the request asks for penalties."""
 
     def arrays(self, new: Several[Row]) -> list[NDArray[np.int32]]:
         """What `enter` needs of requests that got a row, for the step's one copy."""
@@ -76,9 +75,6 @@ class DeviceSampling:
             if (state := row.sequence.payload.sampling).seen is not None and not samples_on_host(state)
         ]
         for row, prompt, output in zip(counted, penalised[::2], penalised[1::2], strict=True):
-            if self._counts is None:
-                shape = (len(self.last_tokens), self._vocabulary_size)
-                self._counts = torch.zeros(shape, dtype=torch.int16, device=prompt.device)
             count_tokens(self._counts, row.number, prompt, output)
 
     def sample(self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
