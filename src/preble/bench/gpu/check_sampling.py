@@ -116,8 +116,8 @@ def _rows(
 
 def _distribution(place: Place, record: Record, rule: SamplingParams) -> None:
     """Draw often from the same logits, and compare how often with how probable by chi-square."""
-    vocabulary, batch, draws = (40, 8, 4) if place.toy else (4000, 512, 100)
-    logits = 1.5 * torch.randn(vocabulary, generator=place.generator(SEED), device=place.device)
+    vocabulary, batch, draws, spread = (10, 8, 8, 0.5) if place.toy else (4000, 512, 100, 1.5)
+    logits = spread * torch.randn(vocabulary, generator=place.generator(SEED), device=place.device)
     params = _rows(place, batch, [rule] * batch, range(batch), [SEED + number for number in range(batch)])
     rows = torch.arange(batch, dtype=torch.int32, device=place.device)
     many = logits.expand(batch, -1).contiguous()

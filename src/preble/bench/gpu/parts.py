@@ -9,6 +9,8 @@ from importlib import import_module
 from preble.bench.gpu.place import Place
 from preble.bench.gpu.record import Record
 
+_PACKAGE = "preble.bench.gpu"
+
 Run = Callable[[Place, Record, tuple[int, int]], None]
 
 
@@ -19,14 +21,14 @@ class Task:
     name: str
     """Unique."""
     function: str
-    """`module.function` of this package."""
+    """With its module, so that a process can be told of it."""
     shard: tuple[int, int] = (0, 1)
     """Which of how many equal shares of the cases."""
 
     def load(self) -> Run:
         """The function."""
-        module, name = self.function.split(".")
-        run: Run = getattr(import_module(f"preble.bench.gpu.{module}"), name)
+        module, _, name = self.function.rpartition(".")
+        run: Run = getattr(import_module(module), name)
         return run
 
 
@@ -49,20 +51,20 @@ def make_parts(*, dry_run: bool) -> tuple[Part, ...]:
     """All parts in the order in which they run. On a GPU the seconds add up to less than ten minutes."""
     several = 1 if dry_run else 3
     correctness = (
-        *_shared_out("decode", "check_decode.run_decode", several),
-        *_shared_out("extend", "check_extend.run_extend", several),
-        *_shared_out("shared prefix", "check_decode.run_shared", 1 if dry_run else 2),
-        Task("layers", "check_layers.run_layers"),
-        Task("sampling", "check_sampling.run_sampling"),
-        *_shared_out("tokens", "check_tokens.run_tokens", several),
+        *_shared_out("decode", f"{_PACKAGE}.check_decode.run_decode", several),
+        *_shared_out("extend", f"{_PACKAGE}.check_extend.run_extend", several),
+        *_shared_out("shared prefix", f"{_PACKAGE}.check_decode.run_shared", 1 if dry_run else 2),
+        Task("layers", f"{_PACKAGE}.check_layers.run_layers"),
+        Task("sampling", f"{_PACKAGE}.check_sampling.run_sampling"),
+        *_shared_out("tokens", f"{_PACKAGE}.check_tokens.run_tokens", several),
     )
     return (
         Part("correctness", 130, correctness),
-        Part("ceilings", 30, (Task("ceilings", "ceilings.run_ceilings"),)),
-        Part("attention", 75, (Task("attention", "attention.run_attention"),)),
-        Part("model", 100, (Task("model", "model.run_model"),)),
-        Part("peer", 95, (Task("peer", "peer.run_peer"),)),
-        Part("cluster", 140, (Task("cluster", "cluster.run_cluster"),)),
+        Part("ceilings", 30, (Task("ceilings", f"{_PACKAGE}.ceilings.run_ceilings"),)),
+        Part("attention", 75, (Task("attention", f"{_PACKAGE}.attention.run_attention"),)),
+        Part("model", 100, (Task("model", f"{_PACKAGE}.model.run_model"),)),
+        Part("peer", 95, (Task("peer", f"{_PACKAGE}.peer.run_peer"),)),
+        Part("cluster", 140, (Task("cluster", f"{_PACKAGE}.cluster.run_cluster"),)),
     )
 
 
