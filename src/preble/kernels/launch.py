@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 Grid = tuple[int, ...]
@@ -27,6 +29,11 @@ class Launch:
 _recorder: ContextVar[Callable[[Launch], None] | None] = ContextVar("launch_recorder", default=None)
 
 
+_one_at_a_time: AbstractContextManager[object] = nullcontext()
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _one_at_a_time = Lock()  # the interpreter keeps the program it is in where all threads see it
+
+
 def launch(kernel: Any, grid: Grid, *, warps: int, stages: int, **arguments: Any) -> None:
     """Run `kernel` on a grid of programs; with 0 programs, nothing happens."""
     if 0 in grid:
@@ -35,7 +42,8 @@ def launch(kernel: Any, grid: Grid, *, warps: int, stages: int, **arguments: Any
     if record is not None:
         record(Launch(kernel, grid, arguments, warps, stages))
         return
-    kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+    with _one_at_a_time:
+        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
 
 
 @contextmanager
