@@ -109,9 +109,11 @@ def _slots(table, position, stop, tokens, PAGE_SIZE: tl.constexpr, TILE_TOKENS: 
     if PAGE_SIZE % TILE_TOKENS == 0:  # as a prefix consists of whole pages, and a split of whole tiles, so does this
         place = tl.minimum(position, stop - TILE_TOKENS)
         page = tl.load(table + place // PAGE_SIZE).to(tl.int64)
-        return page * PAGE_SIZE + place % PAGE_SIZE + tokens
-    places = tl.minimum(position + tokens, stop - 1)
-    return tl.load(table + places // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + places % PAGE_SIZE
+        slots = page * PAGE_SIZE + place % PAGE_SIZE + tokens
+    else:
+        places = tl.minimum(position + tokens, stop - 1)
+        slots = tl.load(table + places // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + places % PAGE_SIZE
+    return slots
 
 
 @triton.jit(do_not_specialize=["pages_per_row"])
