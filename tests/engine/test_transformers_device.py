@@ -24,6 +24,7 @@ from preble.engine.host_runner import HostRunner
 from preble.engine.kv_cache import FP8, KVCache
 from preble.engine.runner import Runner
 from preble.engine.tokenizer import Tokenizer
+from preble.engine.transformers_code import Attend, TransformersCode, load_code
 from preble.engine.transformers_model import load_transformers_model
 from preble.errors import UnsupportedModel
 from preble.kernels.fp8 import decoded
@@ -195,6 +196,56 @@ def test_logits_of_the_rows_asked_for(checkpoint: Checkpoint) -> None:
     every = model.forward(batch, kv, attention)
     some = model.forward(replace(batch, logit_rows=integers([8, 2])), kv, attention)
     torch.testing.assert_close(some, every[[8, 2]])
+
+
+class Scrambled(TransformersCode):
+    """Code that leaves Q, K and V in memory head by head, instead of token by token."""
+
+    def run(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend, logit_rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        def scrambled(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+            by_head = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
+            return attend(layer, *by_head, scale)
+
+        return super().run(token_ids, positions, scrambled, logit_rows)
+
+
+def test_heads_wherever_the_code_left_them(checkpoint: Checkpoint) -> None:
+    folder, config = checkpoint("wide")
+    loaded = load_code(folder, config, device=DEVICE, dtype="float32")
+    logits = []
+    for code in (loaded, Scrambled(config, loaded._model)):
+        attention, kv = make_attention(config, TRITON), make_kv(config, pages=3)
+        logits.append(DeviceTransformers(code, TRITON).forward(prefill(5, config), kv, attention))
+    torch.testing.assert_close(*logits)
+
+
+def test_one_layout_of_q_for_every_number_of_tokens(checkpoint: Checkpoint) -> None:
+    """Kernels are compiled for it."""
+    folder, config = checkpoint("gpt_neox")
+    model, kv = load(folder, config), make_kv(config, pages=3)
+    strides = set()
+
+    class Watching(KernelAttention):
+        def attend(self, layer: int, q: torch.Tensor, kv: KVCache, scale: float) -> torch.Tensor:
+            strides.add(q.stride())
+            return super().attend(layer, q, kv, scale)
+
+    attention = Watching(
+        config, operations=REFERENCE, dtype=torch.float32, device=DEVICE, page_size=PAGE_SIZE, max_decodes=1
+    )
+    for tokens in (1, 2, 9):
+        model.forward(prefill(tokens, config), kv, attention)
+    assert strides == {(config.query_heads * config.head_dim, config.head_dim, 1)}
+
+
+def test_refuses_heads_in_another_dtype(checkpoint: Checkpoint) -> None:
+    folder, config = checkpoint("qwen3_moe")
+    code = load_code(folder, config, device=DEVICE, dtype="bfloat16")
+    code._model.model.layers[1].self_attn.q_norm.float()
+    with pytest.raises(UnsupportedModel, match=r"layer 1 of a model in torch.bfloat16 attends in .*torch.float32"):
+        DeviceTransformers(code, REFERENCE).try_out()
 
 
 @pytest.mark.parametrize("operations", [REFERENCE, TRITON], ids=["torch", "triton"])

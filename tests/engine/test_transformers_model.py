@@ -120,6 +120,11 @@ def test_two_threads_run_one_model() -> None:
         list(pool.map(generate, [7, 8]))
 
 
+def test_a_window_as_long_as_the_context_is_none(tmp_path: Path) -> None:
+    write(tmp_path, "starcoder2", SUPPORTED["starcoder2 window"][1] | {"sliding_window": 128})
+    assert load(tmp_path).config.layer_windows == (None, None)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses_what_would_go_wrong(case: str, tmp_path: Path) -> None:
     model_type, fields, message = REFUSED[case]

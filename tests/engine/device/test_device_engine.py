@@ -202,7 +202,7 @@ def test_seeded_text_continues_elsewhere(world: DeviceWorld) -> None:
 def test_invalid_logits_end_the_one_request_with_an_error(world: DeviceWorld, bad: float) -> None:
     engine = world.device()
     runner = runner_of(engine)
-    model = runner._model
+    model = runner._forward.model
     forward = model.forward
 
     def poisoned(batch: Any, kv: Any, attention: Any) -> torch.Tensor:
@@ -263,6 +263,6 @@ def test_fp8_pages_give_nearly_the_same_logits(tmp_path: Path) -> None:
     request = submit("x", prompts(1)[0], 4, logprobs=0)
     [exact] = finish(world.device(), [request]).values()
     engine = world.device(kv_dtype="fp8")
-    assert runner_of(engine)._kv.keys.dtype == torch.uint8
+    assert runner_of(engine)._forward.kv.keys.dtype == torch.uint8
     [close] = finish(engine, [request]).values()
     assert abs(close[0].logprobs[0].logprob - exact[0].logprobs[0].logprob) < 0.3

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,19 @@ def test_a_padded_step_gives_what_an_exact_one_does(world: DeviceWorld, running:
         assert mine[request.request_id] == tokens(alone)
     assert max(sizes) == running
     assert set(sizes) <= set(buckets_up_to(running))
+
+
+def test_a_runner_that_is_dropped_gives_its_memory_back_at_once(world: DeviceWorld) -> None:
+    """What was rehearsed must be gone when the pages are counted."""
+    gc.collect()
+    gc.disable()
+    try:
+        runner = world.load().runner(8)
+        keys = weakref.ref(runner._forward.kv)
+        del runner
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 def test_graphs_are_captured_largest_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from preble.engine.device.attention import Attention
 from preble.engine.device.batch import DeviceModel
 from preble.engine.device.kernel_attention import KernelAttention
 from preble.engine.device.memory import GIB, PER_GRAPH, DeviceMemory, free_and_total
-from preble.engine.device.queue import make_queue
+from preble.engine.device.queue import Queue, make_queue
 from preble.engine.device.rehearsal import calibrate, extend_batch, warm_up
 from preble.engine.device.runner import DeviceRunner
 from preble.engine.kv_cache import FP8, KVCache
@@ -77,10 +77,12 @@ class DeviceLoad:
         config = ModelConfig.from_folder(folder)
         architecture_of(device)
         check_options(config, options)
+        queue = make_queue(device)
         try:
-            self.model = load_device_model(folder, config, operations, device=device, dtype=dtype)
-            with torch.inference_mode():
-                self._prepare(replicas, options)
+            with torch.inference_mode(), queue.use():
+                self.model = load_device_model(folder, config, operations, device=device, dtype=dtype)
+                self._prepare(replicas, queue)
+                queue.mark().wait()
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"{device} with {free_and_total(device)[1] / GIB:.1f} GiB is too small for {folder} and a step of "
@@ -88,10 +90,10 @@ class DeviceLoad:
                 "a lower max_batched_tokens"
             ) from error
 
-    def _prepare(self, replicas: int, options: DeviceOptions) -> None:
-        model, config = self.model, self.model.config
+    def _prepare(self, replicas: int, queue: Queue) -> None:
+        model, config, options = self.model, self.model.config, self._options
         self._make_attention = attention_factory(model, options, self._operations)
-        needs = self._rehearse()
+        needs = self._rehearse(queue)
         free, total = free_and_total(model.device)
         memory = DeviceMemory(str(model.device), total, free, **needs)
         page_bytes = KVCache.bytes_per_page(
@@ -111,10 +113,9 @@ class DeviceLoad:
             )
         logger.info("%s: %s, %d pages for each replica", model.device, memory, self.pages)
 
-    def _rehearse(self) -> dict[str, int]:
+    def _rehearse(self, queue: Queue) -> dict[str, int]:
         """Run steps on nothing, which also compiles the kernels; the bytes that each part of a runner takes."""
         model, options = self.model, self._options
-        queue = make_queue(model.device)
         runners: list[DeviceRunner] = []
         fixed = queue.peak_bytes(lambda: runners.append(self._runner(1)))
         kv, attention = self._kv(1, dtype=self._kv_dtype), self._make_attention()
@@ -125,6 +126,7 @@ class DeviceLoad:
             model.config,
             options.max_batched_tokens - decodes,
             decodes=decodes,
+            logits=options.max_running,
             stored=False,
             device=model.device,
             dtype=model.dtype,
@@ -143,7 +145,7 @@ class DeviceLoad:
     def runner(self, pages: int) -> DeviceRunner:
         """A runner with `pages` KV pages, its CUDA graphs captured."""
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), make_queue(self.model.device).use():
                 runner = self._runner(pages)
                 runner.capture()
                 warm_up(runner)

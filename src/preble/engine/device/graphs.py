@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from preble.engine.device.batch import DecodeInputs, DeviceBatch, SharedPrefixInputs
+from preble.engine.device.attention import Attention
+from preble.engine.device.batch import DecodeInputs, DeviceBatch, DeviceModel, SharedPrefixInputs
+from preble.engine.kv_cache import KVCache
 
 logger = logging.getLogger("preble.engine")
 
-Forward = Callable[[DeviceBatch], torch.Tensor]
+
+@dataclass(frozen=True, slots=True)
+class ForwardPass:
+    """A model over the pages and with the attention of one runner."""
+
+    model: DeviceModel
+    kv: KVCache
+    attention: Attention
+
+    def __call__(self, batch: DeviceBatch) -> torch.Tensor:
+        """Logits [R, vocabulary]."""
+        return self.model.forward(batch, self.kv, self.attention)
 
 
 def buckets_up_to(largest: int) -> list[int]:
@@ -87,7 +101,12 @@ class DecodeGraphs:
         variants: (size, tiles of shared prefixes or 0) that steps may have.
     """
 
-    def __init__(self, forward: Forward, buffers: DecodeBuffers, variants: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        forward: Callable[[DeviceBatch], torch.Tensor],
+        buffers: DecodeBuffers,
+        variants: Sequence[tuple[int, int]],
+    ) -> None:
         self._forward = forward
         self._buffers = buffers
         self.variants = list(variants)

@@ -27,9 +27,16 @@ HEADROOM = 2.0
 
 
 def extend_batch(
-    config: ModelConfig, tokens: int, *, decodes: int, stored: bool, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    tokens: int,
+    *,
+    decodes: int,
+    logits: int,
+    stored: bool,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> DeviceBatch:
-    """`decodes` requests with a token each and one or more with `tokens` in all, random ones.
+    """`decodes` requests with a token each and one or more with `tokens` in all, random ones; so many rows of logits.
 
     With `stored`, a single request of `tokens` tokens lies in slots 0 onwards; else nothing is stored, and everybody
     reads page 0. The page table is of pages 0, 1, ….
@@ -61,7 +68,7 @@ def extend_batch(
             longest=longest,
             longest_context=longest,
         ),
-        logit_rows=there(np.arange(total - 1, total)),
+        logit_rows=there(np.arange(max(total - logits, 0), total)),
     )
 
 
@@ -81,7 +88,7 @@ def calibrate(model: DeviceModel, attention: Attention, page_size: int) -> tuple
         dtype=model.dtype,
         device=device,
     )
-    batch = extend_batch(config, tokens, decodes=0, stored=True, device=device, dtype=model.dtype)
+    batch = extend_batch(config, tokens, decodes=0, logits=1, stored=True, device=device, dtype=model.dtype)
     model.forward(batch, kv, attention)
     scales = [
         (part[:, :tokens].abs().amax((1, 3)).float() * (HEADROOM / LARGEST_E4M3)).clamp_(min=1e-8)

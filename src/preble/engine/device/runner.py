@@ -10,7 +10,7 @@ import torch
 
 from preble.engine.device.attention import Attention
 from preble.engine.device.batch import DeviceBatch, DeviceModel, ExtendInputs
-from preble.engine.device.graphs import DecodeBuffers, DecodeGraphs, buckets_up_to
+from preble.engine.device.graphs import DecodeBuffers, DecodeGraphs, ForwardPass, buckets_up_to
 from preble.engine.device.queue import Queue, make_queue
 from preble.engine.device.rows import RequestRows
 from preble.engine.device.sampling import DeviceSampling, samples_on_host
@@ -66,10 +66,8 @@ class DeviceRunner:
         self.max_batched_tokens = max_batched_tokens
         self.attention = attention.name
         self.ahead = ahead
-        self._model = model
         self._operations = operations
-        self._attention = attention
-        self._kv = kv
+        self._forward = ForwardPass(model, kv, attention)
         self._queue = make_queue(device) if queue is None else queue
         max_running = min(max_running, max_batched_tokens)
         pages_per_row = -(-min(config.context_length, kv.pages * kv.page_size) // kv.page_size)
@@ -106,7 +104,7 @@ class DeviceRunner:
     @property
     def graphs(self) -> int:
         """How many CUDA graphs `capture` makes."""
-        captured = self._queue.captures and self._model.capturable and self._attention.capturable
+        captured = self._queue.captures and self._forward.model.capturable and self._forward.attention.capturable
         return len(self._graphs.variants) if captured else 0
 
     def capture(self) -> None:
@@ -234,9 +232,6 @@ class DeviceRunner:
         if len(logits):
             tokens.copy_(self._sampling.sample(logits, sent.sample_rows, sent.positions), non_blocking=True)
         return DeviceStep(rows, tokens, host_logits, self._queue.mark())
-
-    def _forward(self, batch: DeviceBatch) -> torch.Tensor:
-        return self._model.forward(batch, self._kv, self._attention)
 
 
 @dataclass(frozen=True, slots=True)
