@@ -3,7 +3,7 @@
 Three launches over a grid that the batch size alone decides. A program of the first two takes a slice of a row, every
 so-many-th chunk of 32 tokens, in registers:
 
-1. the largest logit of each slice, or NaN where one is invalid;
+1. the largest logit of each slice, or +inf where one is invalid;
 2. for sampled rows, each token's depth below the row's largest and its noise, and the best of the slice; for rows with
    top-k or top-p instead the most probable tokens of the slice and the slice's mass;
 3. one program per row merges what its slices found, and enters the token.
@@ -71,7 +71,7 @@ class SamplingWorkspace:
     """What the launches of a step hand on, for up to B rows of S slices. Nothing in it outlives the step."""
 
     peaks: torch.Tensor
-    """fp32 [B, S]: the largest logit; NaN in invalid slices."""
+    """fp32 [B, S]: the largest logit; +inf in invalid slices."""
     tokens: torch.Tensor
     """int32 [2, B, S]: the tokens of the largest logit and of the best score."""
     scores: torch.Tensor
@@ -115,23 +115,21 @@ def _peaks_kernel(  # type: ignore[no-untyped-def]
         token = _slice_tokens()
         there = logits + entry.to(tl.int64) * logits_stride + token
         x = tl.load(there, mask=token < VOCABULARY, other=-float("inf")).to(tl.float32)
-        invalid = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), axis=0) != 0
+        valid = x < float("inf")  # NaN is not
+        invalid = tl.min(valid.to(tl.int32), axis=0) == 0
         row_words = table + row.to(tl.int64) * _WORDS
-        x = edited(x, token, row_words, counts, tl.load(positions + entry), VOCABULARY)
+        x = edited(tl.where(valid, x, 0.0), token, row_words, counts, tl.load(positions + entry), VOCABULARY)
         peak = tl.max(x, axis=0)
         at = entry * tl.num_programs(0) + tl.program_id(0)
-        tl.store(peaks + at, tl.where(invalid, float("nan"), peak))
+        tl.store(peaks + at, tl.where(invalid, float("inf"), peak))
         tl.store(best + at, tl.min(tl.where(x == peak, token, DEEPER), axis=0))
 
 
 @triton.jit
 def _row_peak(peaks, entry, SLICES: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The largest logit of a row; NaN unless all are valid and the largest is finite."""
+    """The largest logit of a row; not finite if the row is invalid."""
     part = tl.arange(0, TILE)
-    values = tl.load(peaks + entry * SLICES + part, mask=part < SLICES, other=-float("inf"))
-    peak = tl.max(values, axis=0)
-    invalid = tl.max((values != values).to(tl.int32), axis=0) != 0
-    return tl.where(invalid | (tl.abs(peak) == float("inf")), float("nan"), peak)
+    return tl.max(tl.load(peaks + entry * SLICES + part, mask=part < SLICES, other=-float("inf")), axis=0)
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
@@ -161,7 +159,7 @@ def _slices_kernel(  # type: ignore[no-untyped-def]
     row_words = table + row.to(tl.int64) * _WORDS
     steps = tl.load(row_words + STEPS).to(tl.float32, bitcast=True)
     peak = _row_peak(peaks, entry, SLICES, SLICES_TILE)
-    if (steps == 0.0) | (peak != peak):
+    if (steps == 0.0) | (tl.abs(peak) == float("inf")):
         return
     token = _slice_tokens()
     there = logits + entry.to(tl.int64) * logits_stride + token
@@ -179,7 +177,7 @@ def _slices_kernel(  # type: ignore[no-untyped-def]
             found = 0
             above = DEEPEST_KEPT + 1
             while (above - reach > 1) & (found < PER_SLICE // 2):
-                middle = (reach + above) // 2
+                middle = reach + (above - reach) // 2  # their sum may not fit
                 count = tl.sum((deep < middle).to(tl.int32), axis=0)
                 reach = tl.where(count <= PER_SLICE, middle, reach)
                 found = tl.where(count <= PER_SLICE, count, found)
@@ -238,7 +236,7 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
         part = tl.arange(0, SLICES_TILE)
         at = entry * SLICES + part
         there = part < SLICES
-        if peak == peak:
+        if tl.abs(peak) < float("inf"):
             if steps == 0.0:
                 best_of = tl.load(peaks + at, mask=there, other=-float("inf")) == peak
                 chosen = tl.min(tl.where(best_of, tl.load(best + at, mask=there, other=DEEPER), DEEPER), axis=0)
@@ -305,11 +303,12 @@ def sample(
         "candidate_tokens": workspace.candidates[1], "SLICES": slices, "SLICES_TILE": power_of_two(slices),
         "PER_SLICE": per_slice,
     }  # fmt: skip
-    launch(_peaks_kernel, grid, warps=8, stages=1, **shared, best=workspace.tokens[0])
-    launch(_slices_kernel, grid, warps=8, stages=1, **shared, **found)
+    # Left alone, ptxas would rather spill a few registers than let one program less run at a time.
+    launch(_peaks_kernel, grid, warps=8, stages=1, maxnreg=64, **shared, best=workspace.tokens[0])
+    launch(_slices_kernel, grid, warps=8, stages=1, maxnreg=96, **shared, **found)
     launch(
-        _tokens_kernel, (batch,), warps=16, stages=1, **shared, **found, best=workspace.tokens[0],
-        out_tokens=out_tokens, last_tokens=last_tokens, TILE=CANDIDATES,
+        _tokens_kernel, (batch,), warps=16, stages=1, maxnreg=128, **shared, **found, best=workspace.tokens[0],
+        out_tokens=out_tokens, last_tokens=last_tokens, TILE=SLICE,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ _TOO_DEEP = tl.constexpr(2147483520.0)  # the largest fp32 number that fits int3
 _ONES = tl.constexpr((1 << 32) - 1)  # the interpreter has no ~ for unsigned numbers
 _COUNT_BITS = tl.constexpr(MOST)
 _H = tl.constexpr(1 << 31)
-_HALF_LOG2_E = tl.constexpr(3098164010)  # log2(e) / 2 * 2**32
+_HALF_LOG2_E = tl.constexpr(3098164009)  # log2(e) / 2 * 2**32
 _LN_2 = tl.constexpr(1488522236)  # ln(2) * 2**31
 
 # (1 - 2**-f) / f on [0, 1], times 2**32, alternating in sign from +: Chebyshev, error 6e-9.

@@ -4,7 +4,7 @@ A row's noise is fixed, so the winner among all tokens is the winner among those
 them. If it is not, no token as deep is kept, and the winner among the less deep is next. Whether a token is kept
 follows from what lies above it: fewer than k tokens, less than p of the mass. Only top-k and top-p together take a
 search, for the mass of the k. (Sampling and rejecting by pivots is FlashInfer's idea; with Gumbel noise the token is
-the very one that filtering first would give.) The largest token has depth 0 and is always kept, so this ends.
+the very one that filtering first would give.)
 """
 
 from __future__ import annotations
@@ -50,6 +50,16 @@ def _reached(mass, total, share):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _is_kept(limit, count, top_k, mass, total, top_p):  # type: ignore[no-untyped-def]
+    """Whether a token is kept, given number and mass of those above it, which are no deeper than `limit`.
+
+    The most probable one always is: whatever the logits, this ends.
+    """
+    nucleus = (top_p >= 1.0) | (_reached(mass, total, top_p) == 0)
+    return (limit < 0) | ((count < top_k) & nucleus)
+
+
+@triton.jit
 def _tile(start, logits_row, row_words, counts, position, peak, steps, VOCABULARY: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Neighbouring tokens of a row and their depths."""
     token = start + tl.arange(0, TILE)
@@ -89,7 +99,7 @@ def token_of_row(  # type: ignore[no-untyped-def]
     if (top_k < VOCABULARY) & (top_p < 1.0):
         low = 0
         while low < limit:
-            middle = (low + limit) // 2
+            middle = low + (limit - low) // 2  # their sum may not fit
             count, _ = _below(middle, logits_row, row_words, counts, position, peak, steps, VOCABULARY, TILE)
             low, limit = _search(low, limit, middle, count, top_k)
         _, total = _below(limit, logits_row, row_words, counts, position, peak, steps, VOCABULARY, TILE)
@@ -111,7 +121,7 @@ def token_of_row(  # type: ignore[no-untyped-def]
                 top = tl.where(better, tile_top, top)
         limit = best_depth - 1
         count, mass = _below(limit, logits_row, row_words, counts, position, peak, steps, VOCABULARY, TILE)
-        if (count < top_k) & ((top_p >= 1.0) | (not _reached(mass, total, top_p))):
+        if _is_kept(limit, count, top_k, mass, total, top_p):
             chosen = best
     return chosen
 
@@ -132,19 +142,19 @@ def token_of_candidates(deep, token, total, row_words, position, reach, VOCABULA
         if (top_k < VOCABULARY) & (top_p < 1.0):
             low = 0
             while low < limit:
-                middle = (low + limit) // 2
+                middle = low + (limit - low) // 2  # their sum may not fit
                 count = tl.sum((deep <= middle).to(tl.int32), axis=0)
                 low, limit = _search(low, limit, middle, count, top_k)
             total = tl.sum(tl.where(deep <= limit, heavy, 0), axis=0)
         limit = tl.minimum(limit, tl.load(row_words + DEEPEST))
         score = noise_of_tokens(seed_of(row_words), token, position) - deep
         while chosen < 0:
-            _, best = winner(deep, score, token, limit)
+            top, best = winner(deep, score, token, limit)
             best_depth = tl.min(tl.where(token == best, deep, DEEPER), axis=0)
-            limit = best_depth - 1
+            limit = tl.where(top > LOWER, best_depth, 0) - 1
             mass = tl.sum(tl.where(deep <= limit, heavy, 0), axis=0)
             count = tl.sum((deep <= limit).to(tl.int32), axis=0)
-            if (count < top_k) & ((top_p >= 1.0) | (not _reached(mass, total, top_p))):
+            if _is_kept(limit, count, top_k, mass, total, top_p):
                 chosen = best
     return chosen
 

@@ -48,6 +48,8 @@ DEPTH_STEPS = 2.0**24
 """Depth, how far a scaled logit lies below the row's largest, counts in steps of 2**-24."""
 BOTTOM = int(-math.log(2e-35) * DEPTH_STEPS)
 """The largest depth that is ever kept; 80 below the largest, as on the CPU."""
+LOWEST_BIAS = float(np.finfo(np.float32).min)
+"""A lower one bans its token."""
 COOLEST, HOTTEST = 1e-30, 1e30
 """Temperatures beyond these act alike."""
 
@@ -149,7 +151,7 @@ def packed_row(
     words[BIASES.value] = len(params.logit_bias)
     for index, (token, bias) in enumerate(params.logit_bias):
         words[BIAS_IDS.value + index] = token
-        floats[BIAS_VALUES.value + index] = bias if bias >= np.finfo(np.float32).min else -math.inf
+        floats[BIAS_VALUES.value + index] = bias if bias >= LOWEST_BIAS else -math.inf
     return words
 
 
