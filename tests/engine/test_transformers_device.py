@@ -235,8 +235,8 @@ def test_one_layout_of_q_for_every_number_of_tokens(checkpoint: Checkpoint) -> N
     attention = Watching(
         config, operations=REFERENCE, dtype=torch.float32, device=DEVICE, page_size=PAGE_SIZE, max_decodes=1
     )
-    for tokens in (1, 2, 9):
-        model.forward(prefill(tokens, config), kv, attention)
+    for length in (1, 2, 9):
+        model.forward(prefill(length, config), kv, attention)
     assert strides == {(config.query_heads * config.head_dim, config.head_dim, 1)}
 
 
