@@ -88,8 +88,10 @@ def test_options_that_no_kernel_covers_are_refused(
 def test_heads_that_no_kernel_covers_are_refused(llama: Path) -> None:
     config = ModelConfig.from_folder(llama)
     options = DeviceOptions(page_size=16, kv_bytes=None, max_batched_tokens=64, max_running=8)
-    check_options(config, options)
-    for width in (320, 20):
+    for width in (16, 80, 256):
+        object.__setattr__(config, "head_dim", width)
+        check_options(config, options)
+    for width in (320, 20, 8):
         object.__setattr__(config, "head_dim", width)
         with pytest.raises(UnsupportedModel, match=rf"heads of {width} numbers.*devices=\['cpu'\]"):
             check_options(config, options)

@@ -27,8 +27,8 @@ logger = logging.getLogger("preble.engine")
 
 ATTENTIONS = ("auto", "triton", "flash-attn", "torch")
 KV_DTYPES = ("auto", "fp8")
-LARGEST_HEAD = 256
-"""The widest head that the kernels' tiles hold."""
+SMALLEST_HEAD, LARGEST_HEAD = 16, 256
+"""Numbers in a head: what tensor cores take at least, and what the kernels' tiles hold at most."""
 SMALLEST_PAGE, LARGEST_PAGE = 16, 256
 
 
@@ -197,10 +197,10 @@ def check_options(config: ModelConfig, options: DeviceOptions) -> None:
         raise InvalidRequest(
             f"page_size must be a power of two from {SMALLEST_PAGE} to {LARGEST_PAGE} on a GPU, not {size}"
         )
-    if config.head_dim > LARGEST_HEAD or config.head_dim % 8:
+    if config.head_dim % 8 or not SMALLEST_HEAD <= config.head_dim <= LARGEST_HEAD:
         raise UnsupportedModel(
-            f"{config.architecture} has heads of {config.head_dim} numbers; the GPU kernels cover multiples of 8 up to "
-            f"{LARGEST_HEAD}. devices=['cpu'] runs it on the CPU"
+            f"{config.architecture} has heads of {config.head_dim} numbers; the GPU kernels cover multiples of 8 from "
+            f"{SMALLEST_HEAD} to {LARGEST_HEAD}. devices=['cpu'] runs it on the CPU"
         )
 
 

@@ -17,6 +17,8 @@ from preble.kernels.tiles import decode_tile, shared_prefix_tile
 
 PROGRAMS_PER_PROCESSOR = 4
 """Programs that decode attention is cut into: enough that each processor hides the latency of its loads."""
+SHARED_PROGRAMS_PER_PROCESSOR = 2
+"""Programs of shared prefixes that fit a processor at a time: their tiles take half of its memory."""
 SHARED_SPLITS = 32
 """The most pieces a shared prefix is cut into: with 8 KV heads, one prefix then still fills a GPU."""
 
@@ -108,7 +110,7 @@ class KernelAttention:
                 kv_heads=kv_heads,
                 splits=SHARED_SPLITS,
                 tile_tokens=self._shared_tile_tokens,
-                programs=self._programs,
+                programs=SHARED_PROGRAMS_PER_PROCESSOR * self._processors,
             )
         items = work_items(count, kv_heads, self._programs)
         for window in self._windows:
