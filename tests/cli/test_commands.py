@@ -46,11 +46,12 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 def test_the_commands_are_those_of_the_documentation() -> None:
     assert set(commands()) == {
-        f"preble{name}" for name in ("", " demo", " generate", " chat", " bench", " bench engine", " bench sched")
+        f"preble{name}"
+        for name in ("", " demo", " generate", " chat", " bench", " bench engine", " bench gpu", " bench sched")
     }
 
 
-@pytest.mark.parametrize("name", ["", "demo", "generate", "chat", "bench", "bench engine", "bench sched"])
+@pytest.mark.parametrize("name", ["", "demo", "generate", "chat", "bench", "bench engine", "bench gpu", "bench sched"])
 def test_help_says_what_everything_means(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([*name.split(), "--help"])

@@ -41,7 +41,13 @@ def add_cluster_arguments(
         "--replicas", type=positive_integer, default=replicas, metavar="N", help="engines to run (default: %(default)s)"
     )
     group.add_argument(
-        "--devices", metavar="NAMES", help="torch devices, by commas (default: cpu, the only one of this version)"
+        "--devices", metavar="NAMES", help="torch devices, by commas (default: every GPU, or the CPU if there is none)"
+    )
+    group.add_argument(
+        "--attention",
+        default="auto",
+        metavar="NAME",
+        help="of a GPU: auto, triton, flash-attn or torch (default: %(default)s)",
     )
     group.add_argument(
         "--policy",
@@ -55,7 +61,7 @@ def add_cluster_arguments(
         choices=DTYPES,
         default="auto",
         metavar="TYPE",
-        help="one of %(choices)s; auto takes the checkpoint's own where the CPU computes in it (default: %(default)s)",
+        help="one of %(choices)s; auto is the checkpoint's own where the device computes in it (default: %(default)s)",
     )
     group.add_argument(
         "--page-size",
@@ -66,6 +72,12 @@ def add_cluster_arguments(
     )
     group.add_argument(
         "--kv-memory", metavar="BYTES", help="KV memory per replica, such as 2GiB (default: a share of what is free)"
+    )
+    group.add_argument(
+        "--kv-dtype",
+        default="auto",
+        metavar="TYPE",
+        help="auto, or fp8: K and V in 8 bits, on a GPU (default: %(default)s)",
     )
 
 
@@ -98,7 +110,9 @@ def cluster_options(args: argparse.Namespace) -> dict[str, Any]:
         "policy": args.policy,
         "dtype": args.dtype,
         "page_size": args.page_size,
+        "attention": args.attention,
         "kv_memory": args.kv_memory,
+        "kv_dtype": args.kv_dtype,
     }
 
 

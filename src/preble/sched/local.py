@@ -384,8 +384,8 @@ class LocalScheduler:
 
     def _publish(self, sequence: Sequence) -> None:
         assert sequence.node is not None
-        known = min(sequence.computed, sequence.length)
-        sequence.node = self.cache.publish(sequence.node, sequence.tokens[:known], sequence.table)
+        computed = sequence.tokens[: sequence.computed]  # without those that nobody knows yet
+        sequence.node = self.cache.publish(sequence.node, computed, sequence.table)
 
     def _leave(self, sequence: Sequence) -> None:
         """Stop running: computed whole pages stay in the cache, the rest is freed."""
