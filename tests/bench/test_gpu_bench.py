@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -286,22 +285,19 @@ def test_a_rate_is_that_of_the_median_time(tmp_path: Path) -> None:
     assert figure["spread"] == [2.5, 10.0]
 
 
-def spans(*steps: tuple[float, float]) -> Iterator[tuple[str, float, float]]:
-    """Steps that begin at a time and are busy but for a gap of 1 within, until another time."""
-    for begin, end in steps:
-        yield "Memcpy HtoD (Pinned -> Device)", begin, begin + 1
-        yield "kernel", begin + 2, end - 1
-        yield "Memcpy DtoH (Device -> Pinned)", end - 1, end
-
-
 def test_idle_time_between_steps() -> None:
-    idle = idle_of(list(spans((0, 10), (12, 20), (21, 30), (33, 40))))
-    assert idle is not None
-    # From the second step's begin at 12 to the last one's at 33: gaps of 1 and 3 between steps, 1 within each of two.
-    assert idle.between_steps == pytest.approx(4 / 21)
-    assert idle.anywhere == pytest.approx(6 / 21)
-    assert idle.steps == 2
-    assert idle_of(list(spans((0, 10), (12, 20)))) is None
+    idle = idle_of([(0.0, 10.0), (10.5, 20.0), (22.0, 30.0)])
+    assert idle.share == pytest.approx(2.5 / 30)
+    assert idle.longest == pytest.approx(2.0)
+    assert idle.steps == 3
+
+
+def test_a_figure_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    record = a_record(tmp_path)
+    for value in (1.0, 2.0):
+        record.figure("f", value, "x")
+        record.figure("g", value, "x")
+    assert [(figure["key"], figure["value"]) for figure in kept(tmp_path)["figures"]] == [("f", 2.0), ("g", 2.0)]
 
 
 def test_workloads_share_texts() -> None:

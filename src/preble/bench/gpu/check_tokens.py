@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from preble.bench.gpu.place import Place
@@ -21,13 +22,19 @@ from preble.engine.device.runner import DeviceRunner
 from preble.engine.host_runner import HostRunner
 from preble.engine.loading import load_model
 from preble.engine.tokenizer import Tokenizer
+from preble.kernels.prefix_groups import SharedPrefixes
 from preble.sched.hashing import Tokens
+from preble.sched.step_plan import Chunk
 
 VOCABULARY = 512
 BUDGET, RUNNING = 96, 8
 """Small, so that prompts are cut into chunks and requests wait for each other."""
 TOKENS = 16 * 1024
 """Of KV: plenty."""
+PREEMPT_EVERY = 5
+"""Steps."""
+LONG_PREFIX = 80
+"""Pages: from somewhat fewer on, reading them once for eight requests pays even for these models."""
 NEAR_TIE = 1e-4
 """Logits no further apart than this may be ordered either way in fp32."""
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -44,7 +51,8 @@ class Way:
     name: str
     capture: bool = True
     ahead: int = 1
-    tokens: int = TOKENS
+    preempt: bool = False
+    """Whether running requests are sent back to the queue again and again."""
     new_tokens: int = 24
     logprobs: int | None = None
     """With these the host samples, and requests run in lockstep."""
@@ -55,7 +63,7 @@ WAYS = (
     Way("one step ahead", capture=False),
     Way("CUDA graphs", ahead=0),
     Way("CUDA graphs, one step ahead"),
-    Way("few pages", tokens=20 * PAGE, new_tokens=90),
+    Way("preempted", preempt=True),
     Way("sampled on the host", logprobs=1),
 )
 
@@ -70,38 +78,41 @@ def run_tokens(place: Place, record: Record, shard: tuple[int, int]) -> None:
 
 
 def _check_family(place: Place, record: Record, family: str, folder: Path) -> None:
+    torch.set_num_threads(1)
     tokenizer = Tokenizer(folder)
-    waves = _waves()
+    waves = _waves(place)
     model = load_model(folder, device=torch.device("cpu"), dtype="float32")
-    wanted: dict[int, list[list[int]]] = {}
+    wanted: list[list[int]] = []
     config = ModelConfig.from_folder(folder)
     weights = DecoderWeights.load(config, Checkpoint(folder), device=place.device, dtype=torch.float32)
     for way in (WAYS[1], WAYS[4]) if place.toy else WAYS:
         way = replace(way, new_tokens=way.new_tokens // 6) if place.toy else way
         name = f"tokens of {family}, {way.name}"
         try:
-            if way.new_tokens not in wanted:
+            if not wanted:
                 host = HostRunner(model, pages=TOKENS // PAGE, page_size=PAGE)
-                wanted[way.new_tokens], _ = _generate(host, tokenizer, waves, way)
+                wanted, _ = _generate(host, tokenizer, waves, replace(way, preempt=False))
             gc.collect()
             runner = make_runner(
                 place,
                 config,
                 weights,
-                tokens=way.tokens,
+                tokens=TOKENS,
                 max_running=RUNNING,
                 max_batched_tokens=BUDGET,
                 capture=way.capture,
                 ahead=way.ahead,
                 dtype=torch.float32,
             )
-            with torch.inference_mode():
-                got, driver = _generate(runner, tokenizer, waves, way)
-            _compare(record, name, model_of=(folder, waves), got=got, wanted=wanted[way.new_tokens])
+            shared_steps = _count_shared(runner)
+            got, driver = _generate(runner, tokenizer, waves, way)
+            _compare(record, name, model_of=(folder, waves), got=got, wanted=wanted)
             scheduler = driver.engine.scheduler
             record.check(f"{name}: prefixes are reused", float(scheduler.cached_tokens == 0), 0.0)
-            if way.tokens < TOKENS and not place.toy:
+            if way.preempt:
                 record.check(f"{name}: requests are preempted", float(scheduler.preemptions == 0), 0.0)
+            if family != "mistral" and not place.toy:  # whose layers all have a window
+                record.check(f"{name}: prefixes are shared", float(not shared_steps), 0.0, steps=len(shared_steps))
         except Exception as error:  # the other ways still tell something, unless the context is lost
             record.failed_check(name, error)
             if "CUDA error" in str(error):
@@ -109,13 +120,31 @@ def _check_family(place: Place, record: Record, family: str, folder: Path) -> No
     record.say(f"tokens of {family} checked")
 
 
-def _waves() -> list[list[Tokens]]:
-    """Prompts that come one after the other: of all lengths, on a common prefix, then again what was there before."""
+def _count_shared(runner: DeviceRunner) -> list[object]:
+    """Gets what every step from now on shares, where it shares anything."""
+    found: list[object] = []
+    find = runner._sharing.find
+
+    def counted(chunks: list[Chunk], size: int) -> SharedPrefixes | None:
+        shared = find(chunks, size)
+        found.extend([] if shared is None else [shared])
+        return shared
+
+    setattr(runner._sharing, "find", counted)  # noqa: B010 (a method, as mypy sees it)
+    return found
+
+
+def _waves(place: Place) -> list[list[Tokens]]:
+    """Prompts that come one after the other: of all lengths, on a common prefix, on a long one, and old ones again."""
     ragged = [random_prompts(1, length, VOCABULARY, length)[0] for length in (1, 2, 64, 65, 200, 333)]
     (prefix,) = random_prompts(1, 5 * PAGE, VOCABULARY, 0)
     tails = [random_prompts(1, length, VOCABULARY, 1000 + length)[0] for length in (1, 7, 30, 64, 70, 3)]
-    shared = [torch.cat([torch.from_numpy(prefix), torch.from_numpy(tail)]).numpy() for tail in tails]
-    return [ragged, shared, [*shared[:3], ragged[4], ragged[5]]]
+    shared = [np.concatenate([prefix, tail]) for tail in tails]
+    waves = [ragged, shared, [*shared[:3], ragged[4], ragged[5]]]
+    if place.toy:
+        return waves
+    (long_prefix,) = random_prompts(1, LONG_PREFIX * PAGE, VOCABULARY, 1)
+    return [*waves, [np.concatenate([long_prefix, tail]) for tail in [*tails, *ragged[:2]]]]
 
 
 def _generate(
@@ -124,7 +153,13 @@ def _generate(
     driver = Driver.make(runner, tokenizer, max_running=RUNNING, max_batched_tokens=BUDGET)
     for wave in waves:
         driver.submit(wave, way.new_tokens, replace(GREEDY, logprobs=way.logprobs))
-        driver.finish()
+        steps = 0
+        while driver.engine.has_work:
+            driver.step()
+            steps += 1
+            running = driver.engine.scheduler.running
+            if way.preempt and running and steps % PREEMPT_EVERY == 0:
+                driver.engine.scheduler.preempt(running[-1].request_id)
     return list(driver.outputs.values()), driver
 
 
@@ -175,7 +210,7 @@ def write_small_checkpoint(folder: Path, family: str) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
-        max_position_embeddings=1024,
+        max_position_embeddings=8192,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,

@@ -1,70 +1,87 @@
-"""How long a device waits between the steps of an engine."""
+"""How long a device waits between the steps of an engine, by events around each step in the queue of its work."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
-from torch.autograd import DeviceType  # type: ignore[attr-defined]
-from torch.profiler import ProfilerActivity, profile
+import torch
 
-from preble.bench.gpu.place import Place
-
-Span = tuple[str, float, float]
-"""Name, start and end of something that the device did, in microseconds."""
-STEP_BEGINS = "Memcpy HtoD"
-"""A step's only copy to the device is the first thing it does there."""
+from preble.engine.config import ModelConfig
+from preble.engine.device.queue import Queue
+from preble.engine.device.runner import DeviceRunner
+from preble.engine.device.step import DeviceStep
+from preble.engine.sampler import SamplingState
+from preble.sched.step_plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Shares of the time from the first step seen to the last."""
+    """Where the time from the first step's begin to the last one's end went."""
 
-    between_steps: float
-    """From the last thing that a step did to the first that the next one did."""
-    anywhere: float
-    """The gaps within steps included."""
+    share: float
+    """The part of it between the end of a step and the begin of the next."""
+    longest: float
+    """Seconds of the longest such gap."""
     steps: int
 
 
-def idle_share(place: Place, step: Callable[[], object], steps: int) -> Idle | None:
-    """Profile `steps` calls of `step`; None where the profiler saw no steps on the device."""
-    if place.toy:
-        began = time.perf_counter()
-        for _ in range(steps):
-            step()
-        return Idle(0.0, 0.0, steps) if time.perf_counter() > began else None
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(steps):
-            step()
-        place.synchronize()
-    spans = [
-        (event.name, float(event.time_range.start), float(event.time_range.end))
-        for event in profiler.events() or []
-        if event.device_type == DeviceType.CUDA
-    ]
-    return idle_of(spans)
+@dataclass(slots=True)
+class WatchedRunner:
+    """A runner that marks on the device when each step begins and ends.
 
-
-def idle_of(spans: Sequence[Span]) -> Idle | None:
-    """What the spans of one queue say; those before the second step and after the last are left out.
-
-    The first step's copy may have begun before the profiler did.
+    The device takes the marks in turn with the work. While it has steps queued, one's end and the next one's begin
+    are passed at once; otherwise it waits between them for the host.
     """
-    ordered = sorted(spans, key=lambda span: span[1])
-    begins = [index for index, (name, _, _) in enumerate(ordered) if name.startswith(STEP_BEGINS)]
-    if len(begins) < 3:
-        return None
-    first, last = begins[1], begins[-1]
-    total = ordered[last][1] - ordered[first][1]
-    between = anywhere = 0.0
-    done = ordered[first][2]
-    starts = set(begins)
-    for index in range(first + 1, last + 1):
-        gap = max(0.0, ordered[index][1] - done)
-        anywhere += gap
-        if index in starts:
-            between += gap
-        done = max(done, ordered[index][2])
-    return Idle(between / total, anywhere / total, len(begins) - 2)
+
+    runner: DeviceRunner
+    queue: Queue
+    """The runner's own."""
+    ahead: int
+    marks: list[tuple[Any, Any]] = field(default_factory=list)
+    """CUDA events."""
+
+    config: ModelConfig = field(init=False)
+    device: torch.device = field(init=False)
+    pages: int = field(init=False)
+    page_size: int = field(init=False)
+    attention: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = self.runner.config
+        self.device = self.runner.device
+        self.pages = self.runner.pages
+        self.page_size = self.runner.page_size
+        self.attention = self.runner.attention
+
+    def lockstep(self, state: SamplingState) -> bool:
+        """As the runner has it."""
+        return self.runner.lockstep(state)
+
+    def launch(self, plan: StepPlan) -> DeviceStep:
+        """Queue a step between two marks."""
+        if self.device.type != "cuda":
+            return self.runner.launch(plan)
+        with self.queue.use():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            step = self.runner.launch(plan)
+            end.record()
+        self.marks.append((begin, end))
+        return step
+
+    def idle(self, steps: int) -> Idle | None:
+        """Of the last `steps`, all of which are done; None off CUDA."""
+        marks = self.marks[-steps:]
+        if not marks:
+            return None
+        first = marks[0][0]
+        return idle_of([(first.elapsed_time(begin) / 1e3, first.elapsed_time(end) / 1e3) for begin, end in marks])
+
+
+def idle_of(steps: Sequence[tuple[float, float]]) -> Idle:
+    """From the begin and end of each of at least two steps, in seconds, in order."""
+    gaps = [begin - end for (_, end), (begin, _) in pairwise(steps)]
+    return Idle(sum(gaps) / (steps[-1][1] - steps[0][0]), max(gaps), len(steps))

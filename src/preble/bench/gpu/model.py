@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from preble.bench.gpu.idle import idle_share
+from preble.bench.gpu.idle import WatchedRunner
 from preble.bench.gpu.place import Place, Times
 from preble.bench.gpu.predictions import (
     COPY,
@@ -32,7 +32,9 @@ from preble.bench.gpu.random_model import (
     token_bytes,
 )
 from preble.bench.gpu.record import Record
+from preble.engine.device.queue import make_queue
 from preble.engine.device.runner import DeviceRunner
+from preble.engine.runner import Runner
 from preble.engine.tokenizer import Tokenizer
 
 CONTEXT = 1024
@@ -43,7 +45,7 @@ TOKEN_BUDGET = 8192
 PREFILL_TOKENS = 65_536
 """Prefilled for one figure."""
 IDLE_BATCH = 32
-PROFILED_STEPS = 40
+IDLE_STEPS = 40
 
 
 def run_model(place: Place, record: Record, shard: tuple[int, int]) -> None:
@@ -56,10 +58,12 @@ def run_model(place: Place, record: Record, shard: tuple[int, int]) -> None:
     weights = random_weights(place, shape)
     record.say(f"weights made: {shape.parameters / 1e9:.2f} billion")
     began = time.perf_counter()
+    queue = make_queue(place.device)
     runner = make_runner(
         place,
         config,
         weights,
+        queue=queue,
         tokens=max(max(batches) * (length + 2 * steps + 64), 256 if place.toy else PREFILL_TOKENS + 4096),
         max_running=max(batches),
         max_batched_tokens=128 if place.toy else TOKEN_BUDGET,
@@ -82,8 +86,7 @@ def run_model(place: Place, record: Record, shard: tuple[int, int]) -> None:
             share = f"{decode_model_key(batch)}, of the roofline"
             record.figure(share, 100 * rate / roofline, "%", roofline=roofline, bytes_per_step=nbytes)
     for ahead, key in ((1, IDLE_AHEAD), (0, IDLE_IN_STEP)):
-        runner.ahead = ahead
-        bench.idle(key, 2 if place.toy else IDLE_BATCH, length)
+        bench.idle(key, 2 if place.toy else IDLE_BATCH, length, WatchedRunner(runner, queue, ahead))
 
 
 class _Bench:
@@ -94,12 +97,12 @@ class _Bench:
         self._tokenizer = tokenizer
         self._seed = 0
 
-    def _driver(self) -> Driver:
+    def _driver(self, runner: Runner | None = None) -> Driver:
         """A fresh engine, which knows of no prefix."""
         gc.collect()
         budget = 128 if self._place.toy else TOKEN_BUDGET
         most = 2 if self._place.toy else max(DECODE_BATCHES)
-        return Driver.make(self._runner, self._tokenizer, max_running=most, max_batched_tokens=budget)
+        return Driver.make(runner or self._runner, self._tokenizer, max_running=most, max_batched_tokens=budget)
 
     def _submit(self, driver: Driver, count: int, length: int, new_tokens: int) -> None:
         self._seed += 1
@@ -118,9 +121,9 @@ class _Bench:
         if not warm_up:
             self._record.rate(prefill_key(tokens), requests * tokens, Times(seconds), "tok/s")
 
-    def _decoding(self, batch: int, length: int, new_tokens: int) -> Driver:
+    def _decoding(self, batch: int, length: int, new_tokens: int, runner: Runner | None = None) -> Driver:
         """An engine whose requests are all past their prompts, some decode steps ago."""
-        driver = self._driver()
+        driver = self._driver(runner)
         self._submit(driver, batch, length - WARM_STEPS, new_tokens + 2 * WARM_STEPS)
         while any(not tokens for tokens in driver.outputs.values()):
             driver.step()
@@ -146,18 +149,17 @@ class _Bench:
         self._abort(driver)
         return Times(seconds)
 
-    def idle(self, key: str, batch: int, length: int) -> None:
+    def idle(self, key: str, batch: int, length: int, watched: WatchedRunner) -> None:
         """The share of the time between decode steps in which the device does nothing."""
-        steps = 3 if self._place.toy else PROFILED_STEPS
-        driver = self._decoding(batch, length, steps + 16)
-        share = idle_share(self._place, driver.step, steps)
+        steps = 3 if self._place.toy else IDLE_STEPS
+        driver = self._decoding(batch, length, steps + 16, watched)
+        for _ in range(steps):
+            driver.step()
+        self._place.synchronize()
+        idle = watched.idle(steps)
         self._abort(driver)
-        if share is None:
-            self._record.note(key, "not measured: the profiler saw nothing of the device")
-            return
-        self._record.figure(
-            key, 100 * share.between_steps, "%", anywhere=100 * share.anywhere, steps=share.steps, profiled=True
-        )
+        if idle is not None:
+            self._record.figure(key, 100 * idle.share, "%", longest_seconds=idle.longest, steps=idle.steps)
 
     def _abort(self, driver: Driver) -> None:
         for name in driver.outputs:

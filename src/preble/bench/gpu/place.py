@@ -36,6 +36,7 @@ class Place:
         if dry_run:
             torch.set_num_threads(1)
             return cls(torch.device("cpu"), torch.float32, REFERENCE, toy=True, quick=True)
+        torch.set_num_threads(4)  # several processes share the cores, and what they compute on the CPU is small
         return cls(torch.device("cuda:0"), torch.bfloat16, TRITON, toy=False, quick=quick)
 
     def synchronize(self) -> None:

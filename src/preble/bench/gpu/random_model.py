@@ -16,6 +16,7 @@ from preble.engine.config import ModelConfig
 from preble.engine.decoder_weights import DecoderWeights, LayerWeights
 from preble.engine.device.decoder import DeviceDecoder
 from preble.engine.device.kernel_attention import KernelAttention
+from preble.engine.device.queue import Queue
 from preble.engine.device.runner import DeviceRunner
 from preble.engine.engine import Engine
 from preble.engine.kv_cache import KVCache
@@ -113,6 +114,7 @@ def make_runner(
     capture: bool = True,
     ahead: int = 1,
     dtype: torch.dtype | None = None,
+    queue: Queue | None = None,
 ) -> DeviceRunner:
     """A runner with KV for `tokens` tokens, its CUDA graphs captured if `capture`."""
     dtype = place.dtype if dtype is None else dtype
@@ -141,6 +143,7 @@ def make_runner(
         max_running=max_running,
         max_batched_tokens=max_batched_tokens,
         ahead=ahead,
+        queue=queue,
     )
     if capture:
         runner.capture()

@@ -59,8 +59,13 @@ class Record:
     def figure(
         self, key: str, value: float, unit: str, *, spread: tuple[float, float] | None = None, **more: Any
     ) -> None:
-        """Keep a number under the name that predictions know it by; `spread` is the lowest and the highest of many."""
-        self._content["figures"].append({"key": key, "value": value, "unit": unit, "spread": spread, **more})
+        """Keep a number under the name that predictions know it by; `spread` is the lowest and the highest of many.
+
+        It takes the place of an earlier one of that name.
+        """
+        figures = self._content["figures"]
+        figures[:] = [figure for figure in figures if figure["key"] != key]
+        figures.append({"key": key, "value": value, "unit": unit, "spread": spread, **more})
         self.save()
         between = "" if spread is None else f" ({spread[0]:.4g} to {spread[1]:.4g})"
         self.say(f"{key}: {value:.4g} {unit}{between}")
