@@ -95,8 +95,8 @@ def predictions() -> Iterator[Prediction]:
                 decode_key(batch, context),
                 "% of copy",
                 round(decode_share(batch, context)),
-                f"{LAUNCHES * 1e6:.0f} us for two kernels, then KV at {REACHED:.0%} of the copy's rate; under 40 MB "
-                "the constant is most of the time, so one or a few short requests cannot reach the goal",
+                f"{LAUNCHES * 1e6:.0f} us for two kernels, then KV at {REACHED:.0%} of the copy's rate; under 180 MB "
+                "the constant is too large a share for the goal",
                 goal=85,
             )
     extends = {2048: 330.0, 4096: 370.0, 8192: 395.0, 16_384: 410.0}
