@@ -24,14 +24,21 @@ from preble.kernels.fp8 import decoded, from_e4m3
 from preble.kernels.launch import launch
 from preble.kernels.tiles import extend_tile, power_of_two
 
+EDGE_TOKENS = 64
+"""KV tokens at a time where a mask is needed, at most: it costs registers, and what it hides was computed in vain."""
 
-def tile_tokens(architecture: Architecture, *, query_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+
+def tile_tokens(
+    architecture: Architecture, *, query_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> int:
     """New tokens of one query tile, for queries of `dtype`: what `extend_tiles` is to be called with."""
     return max(1, extend_tile(architecture, head_dim, dtype.itemsize).rows // (query_heads // kv_heads))
 
 
 def extend_tiles(
-    query_lengths: Sequence[int] | NDArray[np.integer], context_lengths: Sequence[int] | NDArray[np.integer], tokens: int
+    query_lengths: Sequence[int] | NDArray[np.integer],
+    context_lengths: Sequence[int] | NDArray[np.integer],
+    tokens: int,
 ) -> NDArray[np.int32]:
     """The query tiles of a batch, the longest work first: int32 [T, 2] of (sequence, first new token in it).
 
@@ -48,6 +55,30 @@ def extend_tiles(
 
 
 @triton.jit
+def _rows(query_start, first, GROUP: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The rows of a tile, by pointers: all heads of the group for one token, then for the next.
+
+    Returns for each its token's row in the batch (int64), its head within the group and whether there is such a row.
+    The loads are volatile: the compiler would keep what it has computed from them before, and spill.
+    """
+    start = tl.load(query_start, volatile=True)
+    begin = start + tl.load(first, volatile=True)
+    stop = tl.minimum(begin + ROWS // GROUP, tl.load(query_start + 1, volatile=True))
+    flat = begin * GROUP + tl.arange(0, ROWS)
+    return (flat // GROUP).to(tl.int64), flat % GROUP, flat < stop * GROUP
+
+
+@triton.jit
+def _pages(table, start, end, PAGE_SIZE: tl.constexpr, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The page of the TOKENS tokens from `start`, or the page of each of them. Never looks past the token `end - 1`."""
+    if PAGE_SIZE >= TOKENS:
+        tokens = start
+    else:
+        tokens = start + tl.arange(0, TOKENS)
+    return tl.load(table + tl.minimum(tokens, tl.maximum(end - 1, 0)) // PAGE_SIZE)
+
+
+@triton.jit
 def _attend(  # type: ignore[no-untyped-def]
     query, answer, largest, total, begin, end, positions, table, keys, values, score_scale,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, STRIDE: tl.constexpr, PAGE_SIZE: tl.constexpr,
@@ -57,31 +88,31 @@ def _attend(  # type: ignore[no-untyped-def]
     """Go on over the KV tokens from `begin`, a multiple of TOKENS, to `end`, with MASKED any number."""
     of_tile = tl.arange(0, TOKENS)
     dims = tl.arange(0, PADDED_DIM)
+    # Pages are looked up a tile ahead: loads of K and V that had to wait for it would be issued too late.
+    pages = _pages(table, begin, end, PAGE_SIZE, TOKENS)
     for start in tl.range(begin, end, TOKENS):
         tokens = start + of_tile
         if PAGE_SIZE >= TOKENS:  # the tile lies in one page
-            slot = tl.load(table + start // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + start % PAGE_SIZE
-            k_pointers = keys + slot * STRIDE + (of_tile[:, None] * STRIDE + dims[None, :])
-            v_pointers = values + slot * STRIDE + (of_tile[:, None] * STRIDE + dims[None, :])
+            slot = pages.to(tl.int64) * PAGE_SIZE + start % PAGE_SIZE
+            offsets = of_tile[:, None] * STRIDE + dims[None, :]
+            k_pointers = keys + slot * STRIDE + offsets
+            v_pointers = values + slot * STRIDE + offsets
         else:
-            if MASKED:
-                pages = tl.load(table + tokens // PAGE_SIZE, mask=tokens < end, other=0)
-            else:
-                pages = tl.load(table + tokens // PAGE_SIZE)
-            slots = pages.to(tl.int64) * PAGE_SIZE + tokens % PAGE_SIZE
+            slots = pages.to(tl.int64) * PAGE_SIZE + of_tile % PAGE_SIZE
             k_pointers = keys + slots[:, None] * STRIDE + dims[None, :]
             v_pointers = values + slots[:, None] * STRIDE + dims[None, :]
-        if MASKED:
-            held = (tokens < end)[:, None] & (dims < HEAD_DIM)[None, :]
-            k = tl.load(k_pointers, mask=held, other=0)
-            v = tl.load(v_pointers, mask=held, other=0)
-        elif HEAD_DIM != PADDED_DIM:
-            held = (dims < HEAD_DIM)[None, :]
-            k = tl.load(k_pointers, mask=held, other=0)
-            v = tl.load(v_pointers, mask=held, other=0)
-        else:
+        pages = _pages(table, start + TOKENS, end, PAGE_SIZE, TOKENS)
+        # Past `end` K may be anything, as it is masked in the scores, but V must be no NaN.
+        if HEAD_DIM == PADDED_DIM:
             k = tl.load(k_pointers)
+        else:
+            k = tl.load(k_pointers, mask=(dims < HEAD_DIM)[None, :], other=0)
+        if MASKED:
+            v = tl.load(v_pointers, mask=(tokens < end)[:, None] & (dims < HEAD_DIM)[None, :], other=0)
+        elif HEAD_DIM == PADDED_DIM:
             v = tl.load(v_pointers)
+        else:
+            v = tl.load(v_pointers, mask=(dims < HEAD_DIM)[None, :], other=0)
         if FP8:
             k = from_e4m3(k, query.dtype, CONVERTS_FP8)
             v = from_e4m3(v, query.dtype, CONVERTS_FP8)
@@ -94,12 +125,12 @@ def _attend(  # type: ignore[no-untyped-def]
         else:
             unit = score_scale
         if MASKED:
-            seen = (tokens[None, :] <= positions[:, None]) & (tokens < end)[None, :]
+            seen = tokens[None, :] <= positions[:, None]
             if WINDOW is not None:
                 seen = seen & (tokens[None, :] > positions[:, None] - WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
         now_largest = tl.maximum(largest, tl.max(scores, 1) * unit)
-        if MASKED and WINDOW is not None:  # a row may have seen nothing yet
+        if MASKED:  # a row may have seen nothing yet
             base = tl.where(now_largest == float("-inf"), 0.0, now_largest)
         else:
             base = now_largest
@@ -113,11 +144,11 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["scale", "table_stride"])
 def _paged_extend(  # type: ignore[no-untyped-def]
-    q, keys, values, out, tables, rows, context_lengths, query_starts, tiles, key_scales, value_scales, scale, table_stride,
-    Q_STRIDE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    q, keys, values, out, tables, rows, context_lengths, query_starts, tiles, key_scales, value_scales, scale,
+    table_stride, Q_STRIDE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, FP8: tl.constexpr, CONVERTS_FP8: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     tile = tl.program_id(1)
@@ -128,15 +159,11 @@ def _paged_extend(  # type: ignore[no-untyped-def]
     context = tl.load(context_lengths + sequence)
     table = tables + tl.load(rows + sequence).to(tl.int64) * table_stride
 
-    # Rows of the tile: all heads of the group for one token, then for the next.
-    of_tile = tl.arange(0, ROWS)
-    new = first + of_tile // GROUP
-    TILE_TOKENS: tl.constexpr = ROWS // GROUP
+    row, query_head, held = _rows(query_starts + sequence, tiles + 2 * tile + 1, GROUP, ROWS)
     dims = tl.arange(0, PADDED_DIM)
-    row = (query_start + new).to(tl.int64)
-    query_head = head * GROUP + of_tile % GROUP
-    held = ((of_tile < TILE_TOKENS * GROUP) & (new < query_length))[:, None] & (dims < HEAD_DIM)[None, :]
-    query = tl.load(q + row[:, None] * Q_STRIDE + query_head[:, None] * HEAD_DIM + dims[None, :], mask=held, other=0.0)
+    held = held[:, None] & (dims < HEAD_DIM)[None, :]
+    q_pointers = q + row[:, None] * Q_STRIDE + (head * GROUP + query_head)[:, None] * HEAD_DIM + dims[None, :]
+    query = tl.load(q_pointers, mask=held, other=0.0)
 
     score_scale = scale * 1.4426950408889634
     if FP8:
@@ -148,36 +175,39 @@ def _paged_extend(  # type: ignore[no-untyped-def]
     keys += head * HEAD_DIM
     values += head * HEAD_DIM
     position = context - query_length + first
-    positions = context - query_length + new
-    end = tl.minimum(position + TILE_TOKENS, context)
-    # Every row sees the tokens from `whole` to `diagonal`, both multiples of TOKENS.
+    positions = position + tl.arange(0, ROWS) // GROUP
+    end = tl.minimum(position + ROWS // GROUP, context)
+    # Every row sees the tokens from `whole` to `diagonal`, both multiples of TOKENS. The masked ones on either side
+    # come first: what they need in registers would else be kept from the loop that has none to spare.
+    whole = 0
     diagonal = tl.maximum(position + 1, 0) // TOKENS * TOKENS
     answer = tl.zeros([ROWS, PADDED_DIM], dtype=tl.float32)
     largest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     if WINDOW is not None:
-        begin = tl.maximum(position - WINDOW + 1, 0) // TOKENS * TOKENS
-        whole = tl.cdiv(tl.maximum(end - WINDOW, 0), TOKENS) * TOKENS
+        begin = tl.maximum(position - WINDOW + 1, 0) // EDGE * EDGE
         diagonal = tl.maximum(diagonal, begin)
-        whole = tl.minimum(whole, diagonal)
+        whole = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), TOKENS) * TOKENS, diagonal)
         answer, largest, total = _attend(
             query, answer, largest, total, begin, whole, positions, table, keys, values, score_scale,
-            HEAD_DIM, PADDED_DIM, STRIDE, PAGE_SIZE, WINDOW, SOFT_CAP, FP8, CONVERTS_FP8, TOKENS, True,
+            HEAD_DIM, PADDED_DIM, STRIDE, PAGE_SIZE, WINDOW, SOFT_CAP, FP8, CONVERTS_FP8, EDGE, True,
         )  # fmt: skip
-    else:
-        whole = 0
+    answer, largest, total = _attend(
+        query, answer, largest, total, diagonal, end, positions, table, keys, values, score_scale,
+        HEAD_DIM, PADDED_DIM, STRIDE, PAGE_SIZE, WINDOW, SOFT_CAP, FP8, CONVERTS_FP8, EDGE, True,
+    )  # fmt: skip
     answer, largest, total = _attend(
         query, answer, largest, total, whole, diagonal, positions, table, keys, values, score_scale,
         HEAD_DIM, PADDED_DIM, STRIDE, PAGE_SIZE, WINDOW, SOFT_CAP, FP8, CONVERTS_FP8, TOKENS, False,
     )  # fmt: skip
-    answer, largest, total = _attend(
-        query, answer, largest, total, diagonal, end, positions, table, keys, values, score_scale,
-        HEAD_DIM, PADDED_DIM, STRIDE, PAGE_SIZE, WINDOW, SOFT_CAP, FP8, CONVERTS_FP8, TOKENS, True,
-    )  # fmt: skip
     norm = 1 / tl.where(total == 0, 1.0, total)
     if FP8:
         norm *= tl.load(value_scales + head)
-    out_pointers = out + (row[:, None] * (KV_HEADS * GROUP) + query_head[:, None]) * HEAD_DIM + dims[None, :]
+    # The rows anew: kept from before, they would take registers from the loops.
+    row, query_head, held = _rows(query_starts + sequence, tiles + 2 * tile + 1, GROUP, ROWS)
+    held = held[:, None] & (dims < HEAD_DIM)[None, :]
+    out_row = row * (KV_HEADS * GROUP) + head * GROUP + query_head
+    out_pointers = out + out_row[:, None] * HEAD_DIM + dims[None, :]
     tl.store(out_pointers, (answer * norm[:, None]).to(out.dtype.element_ty), mask=held)
 
 
@@ -248,6 +278,7 @@ def paged_extend(
         CONVERTS_FP8=architecture.converts_fp8,
         ROWS=tile.rows,
         TOKENS=tile.tokens,
+        EDGE=min(tile.tokens, EDGE_TOKENS),
     )
 
 
@@ -281,7 +312,7 @@ def paged_extend_reference(
         slots = tables[rows[sequence]].long()[tokens // page_size] * page_size + tokens % page_size
         k = _real(keys[slots], key_scales).to(precise)
         v = _real(values[slots], value_scales).to(precise)
-        grouped = q[begin:stop].to(precise).unflatten(1, (kv_heads, -1))
+        grouped = q[begin:stop].to(precise).view(stop - begin, kv_heads, -1, q.shape[2])
         scores = torch.einsum("nhgd,thd->nhgt", grouped, k) * scale
         if soft_cap is not None:
             scores = soft_cap * torch.tanh(scores / soft_cap)

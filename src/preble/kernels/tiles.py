@@ -38,10 +38,14 @@ def decode_tile(architecture: Architecture, head_dim: int, rows: int, itemsize: 
 def extend_tile(architecture: Architecture, head_dim: int, itemsize: int) -> Tile:
     """For prefill chunks with queries of `itemsize` bytes a number: new tokens x GQA group rows of a KV head."""
     if itemsize == 4:
-        return Tile(32, 32, 4, 1)
+        return Tile(32, 16, 8, 1) if head_dim > 128 else Tile(32, 32, 4, 1)
     if architecture.name == "sm_90":
-        return Tile(64, 64, 8, 2) if head_dim > 128 else Tile(128, 64, 8, 3)
-    return Tile(64, 32, 4, 2) if head_dim > 128 else Tile(64, 64, 4, 2)
+        if head_dim > 128:
+            return Tile(128, 32, 8, 3)
+        return Tile(128, 128, 8, 3) if head_dim > 64 else Tile(128, 64, 8, 3)
+    if head_dim > 128:
+        return Tile(64, 32, 8, 2)
+    return Tile(64, 32, 4, 3) if head_dim > 64 else Tile(64, 64, 4, 3)
 
 
 def shared_prefix_tile(architecture: Architecture, head_dim: int, itemsize: int) -> Tile:
