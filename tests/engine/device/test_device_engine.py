@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from preble.engine.engine import Engine
 from preble.engine.messages import Delta
 from preble.kernels.operations import TRITON
 from preble.kernels.prefix_groups import SharingCosts
+from preble.sched.events import StepTimed
 
 FREE = SharingCosts(token_seconds=1.0, piece_seconds=0.0, launch_seconds=0.0, most_pieces=1)
 """Sharing costs nothing, so that whatever can be shared is."""
@@ -244,6 +246,20 @@ def test_a_step_is_launched_before_the_one_before_is_read(world: DeviceWorld, mo
     calls.clear()
     finish(engines[1], [submit("x", [5, 6, 7], 3)])
     assert calls == ["launch", "read"] * 3
+
+
+def test_steps_that_overlap_are_timed_apart(world: DeviceWorld) -> None:
+    """Costs are learned from what the device took for a step, not from how long its result was waited for."""
+    engine = world.device(ahead=2)
+    engine.submit(submit("x", [5, 6, 7], 20))
+    seconds = []
+    began = time.monotonic()
+    with torch.inference_mode():
+        while engine.has_work:
+            seconds += [event.seconds for event in engine.step().events if isinstance(event, StepTimed)]
+    assert len(seconds) == 20
+    assert all(one > 0 for one in seconds)
+    assert sum(seconds) <= time.monotonic() - began
 
 
 def test_a_token_beyond_the_end_is_thrown_away(world: DeviceWorld) -> None:
