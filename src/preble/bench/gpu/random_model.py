@@ -145,6 +145,7 @@ def make_runner(
         ahead=ahead,
         queue=queue,
     )
+    place.synchronize()  # the runner has a queue of its own, the weights came by another
     if capture:
         runner.capture()
     return runner
