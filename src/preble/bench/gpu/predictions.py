@@ -105,8 +105,8 @@ def predictions() -> Iterator[Prediction]:
             extend_key(tokens),
             "TFLOP/s",
             extends[tokens],
-            "128 rows x 64 tokens take 0.7 us of tensor cores at the rate of a large product, 0.3 us of exp2 and 0.2 us "
-            "of other arithmetic, half of it overlapped; short prompts lose to the diagonal and to the last wave",
+            "128 rows x 64 tokens take 0.7 us of tensor cores at the rate of a large product, 0.3 us of exp2 and 0.2 "
+            "us of other arithmetic, half of it overlapped; short prompts lose to the diagonal and to the last wave",
             goal=400 if tokens == 8192 else None,
         )
     yield Prediction(MIXED, "TFLOP/s", 330, "as 4k, with a longer tail: few tiles are long, and start first")
