@@ -200,6 +200,15 @@ def test_seeded_text_continues_elsewhere(world: DeviceWorld) -> None:
         assert whole[:cut] + rest == whole
 
 
+def test_what_was_generated_elsewhere_counts_for_min_tokens(world: DeviceWorld) -> None:
+    request = submit("x", prompts(1)[0], 16, min_tokens=12, stop_token_ids=[7], logit_bias={7: 1e4})
+    [whole] = given_tokens(finish(world.device(), [request])).values()
+    assert whole.index(7) == 12, "it is what comes as soon as it may"
+    resumed = dataclasses.replace(request, token_ids=np.concatenate([request.token_ids, np.array(whole[:9], np.int32)]))
+    [rest] = given_tokens(finish(world.device(), [resumed])).values()
+    assert whole[:9] + rest == whole
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_invalid_logits_end_the_one_request_with_an_error(world: DeviceWorld, bad: float) -> None:
     engine = world.device()
