@@ -21,6 +21,7 @@ from preble.kernels.launch import launch, recorded_launches
 from preble.kernels.sampling import SamplingWorkspace, sample, sample_reference
 from preble.kernels.sampling_edits import (
     depth_reference,
+    edited,
     edited_reference,
     noise_of_groups,
     noise_of_tokens,
@@ -30,7 +31,7 @@ from preble.kernels.sampling_edits import (
     weight,
     weight_reference,
 )
-from preble.kernels.sampling_filters import deepest_reference
+from preble.kernels.sampling_filters import deepest_reference, winner
 from preble.kernels.sampling_rows import (
     BOTTOM,
     DEPTH_STEPS,
@@ -337,6 +338,56 @@ def test_tokens_are_those_of_the_reference(step: Step) -> None:
     step.check()
 
 
+@triton.jit
+def _edits_kernel(logits, out, row, counts, position, VOCABULARY: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    token = tl.arange(0, TILE)
+    x = tl.load(logits + token, mask=token < VOCABULARY, other=0.0)
+    x = edited(x, token, row, counts, tl.load(position), VOCABULARY)
+    tl.store(out + token, x, mask=token < VOCABULARY)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(request=requests(272), seed=st.integers(0, 99))
+def test_edits_are_those_of_the_reference(request: Request, seed: int) -> None:
+    """On logits for which fused products are those of two roundings."""
+    step = Step.make((normal(1, 272, seed=seed) * 1024).round() / 1024, [request])
+    logits, words = step.logits[0], step.params.table[step.rows[0]]
+    out = torch.full_like(logits, math.nan)
+    launch(
+        _edits_kernel, (1,), warps=4, stages=1, logits=logits, out=out, row=words, counts=step.counts,
+        position=ids([request.position]), VOCABULARY=272, TILE=512,
+    )  # fmt: skip
+    assert torch.equal(out, edited_reference(logits, words, step.counts, request.position))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 2}, {"top_k": 3}, {"top_p": 0.1}, {"top_k": 8, "top_p": 0.4}, {"top_k": 5, "min_p": 0.7}],
+)
+def test_what_lies_at_the_edge_of_a_filter(options: dict[str, object]) -> None:
+    """Few tokens are kept, each is as likely as not one of the last, and every second draw is rejected."""
+    logits = normal(1, 37, 0.002).repeat(14, 1)
+    kept = set(Step.make(logits, [replace(ask(**options), seed=seed) for seed in range(14)]).check())
+    assert len(kept) > 1
+
+
+@triton.jit
+def _winner_kernel(deep, score, token, out, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    index = tl.arange(0, SIZE)
+    top, best = winner(tl.load(deep + index), tl.load(score + index), tl.load(token + index), 5)
+    tl.store(out, top)
+    tl.store(out + 1, best)
+
+
+def test_of_equal_scores_the_lowest_token_wins() -> None:
+    out = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    launch(
+        _winner_kernel, (1,), warps=1, stages=1, deep=ids([5, 5, 6, 0]), score=ids([7, 7, 9, -3]),
+        token=ids([8, 4, 2, 1]), out=out, SIZE=4,
+    )  # fmt: skip
+    assert out.tolist() == [7, 4]
+
+
 CROWD = [
     {"top_p": 0.95},
     {"top_k": 3000},
@@ -347,7 +398,7 @@ CROWD = [
 ]
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("spread", [0.0, 0.3])
 def test_filters_that_keep_more_than_the_candidates(spread: float) -> None:
     asked = [replace(ask(**options), seed=index) for index, options in enumerate(CROWD)]
     Step.make(normal(len(asked), 5000, spread, seed=3), asked).check()
@@ -361,6 +412,19 @@ def test_most_probable_tokens_may_be_neighbours() -> None:
     logits[2, ::3] += 10
     for options in ({"top_p": 0.9}, {"top_k": 64, "top_p": 0.9}, {"top_k": 1200, "top_p": 0.99}):
         Step.make(logits, [replace(ask(**options), seed=seed) for seed in range(3)]).check()
+
+
+def test_what_one_slice_leaves_out_is_missed_by_no_filter() -> None:
+    """The candidates of the other slices are as heavy, or as many, as if they made up for it."""
+    slices = torch.arange(5000) // 32 % 3
+    sloping = torch.where(slices == 0, torch.linspace(0.01, 0.0, 5000), -0.5)
+    sloping[(slices != 0) & (torch.arange(5000) % 2 == 0)] = -INFINITY
+    asked = [replace(ask(top_p=0.5), seed=seed) for seed in range(6)]
+    Step.make(sloping.repeat(6, 1), asked).check()
+    steps = torch.where(slices == 0, -1.0, -INFINITY)
+    steps[(slices == 0).nonzero()[:600]] = 0.0
+    asked = [replace(ask(top_k=601), seed=seed) for seed in range(6)]
+    Step.make(steps.repeat(6, 1), asked).check()
 
 
 def test_all_but_one_may_be_far_below() -> None:
