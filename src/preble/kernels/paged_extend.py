@@ -312,7 +312,7 @@ def paged_extend_reference(
         slots = tables[rows[sequence]].long()[tokens // page_size] * page_size + tokens % page_size
         k = _real(keys[slots], key_scales).to(precise)
         v = _real(values[slots], value_scales).to(precise)
-        grouped = q[begin:stop].to(precise).view(stop - begin, kv_heads, -1, q.shape[2])
+        grouped = q[begin:stop].to(precise).view(stop - begin, kv_heads, q.shape[1] // kv_heads, q.shape[2])
         scores = torch.einsum("nhgd,thd->nhgt", grouped, k) * scale
         if soft_cap is not None:
             scores = soft_cap * torch.tanh(scores / soft_cap)
