@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from hypothesis import strategies as st
 
 import preble
 from preble.engine.config import ModelConfig
-from preble.engine.device.build import DeviceOptions, check_options
+from preble.engine.device.build import DeviceOptions, check_group, check_options
 from preble.engine.device.graphs import DecodeBuffers, DecodeGraphs, buckets_up_to
 from preble.engine.device.memory import DeviceMemory
 from preble.engine.device.queue import HostQueue
 from preble.engine.device.rows import RequestRows
 from preble.engine.device.staging import Staging
 from preble.errors import DeviceError, InvalidRequest, UnsupportedModel
+from preble.kernels.architecture import SM_80, SM_90
 from preble.sched.block_table import BlockTable
 from preble.sched.sequence import Sequence
 from preble.sched.step_plan import Chunk
@@ -95,6 +97,22 @@ def test_heads_that_no_kernel_covers_are_refused(llama: Path) -> None:
         object.__setattr__(config, "head_dim", width)
         with pytest.raises(UnsupportedModel, match=rf"heads of {width} numbers.*devices=\['cpu'\]"):
             check_options(config, options)
+
+
+def test_more_query_heads_than_a_tile_has_rows_are_refused(llama: Path) -> None:
+    config = ModelConfig.from_folder(llama)
+    for heads, dtype, chip, refused in (
+        (71, torch.bfloat16, SM_90, False),
+        (71, torch.bfloat16, SM_80, True),
+        (64, torch.float32, SM_90, True),
+        (8, torch.float32, SM_80, False),
+    ):
+        object.__setattr__(config, "query_heads", heads)
+        object.__setattr__(config, "kv_heads", 1)
+        with (
+            pytest.raises(UnsupportedModel, match=f"{heads} query heads for each KV head") if refused else nullcontext()
+        ):
+            check_group(config, dtype, chip)
 
 
 def test_kv_memory_that_holds_no_page_is_refused(world: DeviceWorld) -> None:

@@ -20,8 +20,9 @@ from preble.engine.device.runner import DeviceRunner
 from preble.engine.kv_cache import FP8, KVCache
 from preble.engine.loading import load_device_model
 from preble.errors import DeviceError, InvalidRequest, UnsupportedModel
-from preble.kernels.architecture import architecture_of
+from preble.kernels.architecture import Architecture, architecture_of
 from preble.kernels.operations import REFERENCE, TRITON, Operations
+from preble.kernels.tiles import extend_tile
 
 logger = logging.getLogger("preble.engine")
 
@@ -92,6 +93,7 @@ class DeviceLoad:
 
     def _prepare(self, replicas: int, queue: Queue) -> None:
         model, config, options = self.model, self.model.config, self._options
+        check_group(config, model.dtype, architecture_of(model.device))
         self._make_attention = attention_factory(model, options, self._operations)
         needs = self._rehearse(queue)
         free, total = free_and_total(model.device)
@@ -201,6 +203,17 @@ def check_options(config: ModelConfig, options: DeviceOptions) -> None:
         raise UnsupportedModel(
             f"{config.architecture} has heads of {config.head_dim} numbers; the GPU kernels cover multiples of 8 from "
             f"{SMALLEST_HEAD} to {LARGEST_HEAD}. devices=['cpu'] runs it on the CPU"
+        )
+
+
+def check_group(config: ModelConfig, dtype: torch.dtype, architecture: Architecture) -> None:
+    """Raise `UnsupportedModel` where more query heads share a KV head than a tile has rows."""
+    group = config.query_heads // config.kv_heads
+    most = extend_tile(architecture, config.head_dim, dtype.itemsize).rows
+    if group > most:
+        raise UnsupportedModel(
+            f"{config.architecture} has {group} query heads for each KV head; in {str(dtype).removeprefix('torch.')} the "
+            f"GPU kernels of {architecture.name} cover up to {most}. devices=['cpu'] runs it on the CPU"
         )
 
 
