@@ -212,8 +212,8 @@ def check_group(config: ModelConfig, dtype: torch.dtype, architecture: Architect
     most = extend_tile(architecture, config.head_dim, dtype.itemsize).rows
     if group > most:
         raise UnsupportedModel(
-            f"{config.architecture} has {group} query heads for each KV head; in {str(dtype).removeprefix('torch.')} the "
-            f"GPU kernels of {architecture.name} cover up to {most}. devices=['cpu'] runs it on the CPU"
+            f"{config.architecture} has {group} query heads for each KV head; in {str(dtype).removeprefix('torch.')} "
+            f"the GPU kernels of {architecture.name} cover up to {most}. devices=['cpu'] runs it on the CPU"
         )
 
 
