@@ -252,6 +252,26 @@ def test_a_preempted_request_keeps_its_age() -> None:
     assert admission_order(scheduler, now=2.0)[1:] == ["first", "second"], "it was admitted once before"
 
 
+def test_a_request_preempted_with_a_token_on_its_way_gets_it_in_the_queue() -> None:
+    scheduler = LocalScheduler(pages=64, page_size=1, max_batched_tokens=16)
+    one = sequence("one", [1, 2, 3, 4, 5], new=4)
+    scheduler.add(one, now=0.0)
+    first = scheduler.plan(now=0.0)
+    assert first is not None
+    assert scheduler.preempt("one")
+    assert scheduler.plan(now=1.0) is None, "its last token is not known"
+    assert one.matched == 4, "the fifth is computed again, for its logits"
+    scheduler.commit(first, [(6, False)])
+    assert one.tokens.tolist() == [1, 2, 3, 4, 5, 6]
+    assert one.matched == 5
+    scheduler.check()
+    again = scheduler.plan(now=2.0)
+    assert again is not None
+    assert [(chunk.start, chunk.count) for chunk in again.chunks] == [(5, 1)]
+    scheduler.commit(again, [(7, True)])
+    assert one.finished
+
+
 def test_a_preempted_request_is_reported_and_counted_once() -> None:
     scheduler = LocalScheduler(pages=64, page_size=2, max_batched_tokens=16)
     one = sequence("one", [1, 2, 3, 4, 5], new=4)
