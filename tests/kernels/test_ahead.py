@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import pytest
 import torch
 
 from preble.errors import DeviceError
+from preble.kernels import ahead
 from preble.kernels.ahead import Resources, compile_launch, specialisation
 from preble.kernels.architecture import SM_80, SM_90
 from preble.kernels.launch import recorded_launches
+from preble.kernels.variants import pairwise, variants
 
-Check = Callable[..., "Checked"]
 CACHE_OF_TRITON = "triton_cache"
+ATTENTION = {"paged_decode_kernel", "_paged_extend", "shared_prefix_kernel"}
 
 
 class Checked:
@@ -161,3 +164,67 @@ def test_interpreted_kernels_are_refused() -> None:
     for refused in (compile_launch, specialisation):
         with pytest.raises(DeviceError, match="Unset it before starting Python"):
             refused(launches[0], SM_90)
+
+
+# --- What is shipped ---
+
+
+def test_pairs_of_options_meet() -> None:
+    options: dict[str, list[Any]] = {"a": [1, 2, 3], "b": [False, True], "c": [None, 4096], "d": [5, 6]}
+    choices = pairwise(options)
+    for one, other in combinations(options, 2):
+        met = {(choice[one], choice[other]) for choice in choices}
+        assert met == set(product(options[one], options[other]))
+    assert {"a": 3, "b": False, "c": None, "d": 5} in choices
+    assert len(choices) < 24 / 2
+
+
+def test_variants_have_names_of_their_own() -> None:
+    for full in (False, True):
+        names = [variant.name for variant in variants(full)]
+        assert len(set(names)) == len(names)
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Checked:
+    return Checked(tmp_path_factory.mktemp("shipped"))
+
+
+def test_every_shipped_variant_is_in_order(shipped: Checked) -> None:
+    """Compiles, keeps its registers and its shared memory within the chip's, and serves all batch sizes as one."""
+    assert shipped.figures, shipped.errors
+    assert shipped.exit_code == 0, shipped.output[shipped.output.index(" not in order") :]
+
+
+def test_every_kernel_is_shipped_in_some_variant_for_both_architectures(shipped: Checked) -> None:
+    launched = {
+        kernel
+        for source in Path(ahead.__file__).parent.glob("*.py")
+        for kernel in re.findall(r"\blaunch\(\s*(\w+),", source.read_text())
+    }
+    assert len(launched) > 10
+    for architecture in ("sm_80", "sm_90"):
+        assert {done["kernel"] for done in shipped.figures if done["architecture"] == architecture} == launched
+
+
+def test_attention_in_16_bits_multiplies_on_tensor_cores(shipped: Checked) -> None:
+    for done in shipped.figures:
+        if done["kernel"] in ATTENTION and "float32" not in done["variant"]:
+            used = done["resources"]
+            assert used["wgmma"] + used["mma"] > 0, done["variant"]
+            if done["kernel"] == "_paged_extend" and done["architecture"] == "sm_90":
+                assert used["wgmma"] > 0, done["variant"]
+
+
+def test_attention_reads_the_cache_16_bytes_at_a_time(shipped: Checked) -> None:
+    """K and V of heads of any size, and in 8 bits, too: a lost hint of alignment would make it one number at a time."""
+    for done in shipped.figures:
+        if done["kernel"] in ATTENTION:
+            assert done["resources"]["wide_loads"] >= 4, done["variant"]
+
+
+@pytest.mark.long
+def test_the_full_product_of_options_is_in_order(tmp_path: Path) -> None:
+    checked = Checked(tmp_path, "--full")
+    assert checked.figures, checked.errors
+    assert checked.exit_code == 0, checked.output[checked.output.index(" not in order") :]

@@ -27,11 +27,14 @@ from preble.kernels.sampling_rows import WORDS, SamplingRows
 from preble.kernels.shared_prefix import plan_shared_splits, requests_per_tile, shared_prefix_decode
 from preble.kernels.silu_mul import silu_mul
 from preble.kernels.splits import MOST_SPLITS, WAVES, plan_splits, splits_for, tile_of, work_items
+from preble.kernels.store_kv import store_kv
 
 META = torch.device("meta")
 CONTEXT = 131072
 """Tokens for which page tables have room."""
 TABLE_ROWS = 513
+SHARED_SPLITS = 32
+"""Partial answers of a shared prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,8 @@ MODELS = (
     Model("gemma-2-9b", 16, 8, 256, 3584, 14336, 256000),
 )
 EXTREMES = tuple(model for model in MODELS if model.head_dim in (64, 256))
-"""Checked in fp16 and fp32, too: the least and the most registers."""
+"""Checked in fp32, too: the least and the most registers."""
+VOCABULARIES = tuple(model for model in MODELS if model.vocabulary in (32000, 256000))
 
 
 _AGAIN = {"plan_shared_splits_kernel": 8}
@@ -81,36 +85,42 @@ _AGAIN = {"plan_shared_splits_kernel": 8}
 
 
 def variants(full: bool = False) -> Iterator[Variant]:
-    """Options in pairs; with `full`, in every combination."""
-    attention: dict[str, Sequence[Any]] = {
-        "model": MODELS,
-        "page_size": (64, 16, 128),
-        "window": (None, 4096),
-        "soft_cap": (None, 50.0),
-        "fp8": (False, True),
-    }
-    decoding = attention | {"query_length": (1, 4, 8)}
-    yield from _of("decode", _decode, full, **decoding, work=(True, False))
-    yield from _of("extend", _extend, full, **attention)
-    yield from _of("shared prefix", _shared_prefix, full, **decoding)
-    yield from _of("rotate and store", _rotate_and_store, full, model=MODELS, fp8=(False, True), norm=(False, True))
-    yield from _of("add norm", _add_norm, full, model=MODELS, first=(False, True))
-    yield from _of("silu mul", _silu_mul, full, model=MODELS)
-    yield from _of("prepare", _prepare, full, page_size=(64, 16, 128), logits=(True, False))
-    yield from _of("sample", _sample, full, model=MODELS, penalties=(False, True))
-    for dtype in (torch.float16, torch.float32):
-        for model in MODELS if full else EXTREMES:
-            for call in (_decode, _extend, _shared_prefix, _rotate_and_store, _add_norm, _silu_mul, _sample):
-                name = f"{call.__name__[1:].replace('_', ' ')}: {model.name}, {str(dtype).removeprefix('torch.')}"
-                yield Variant(name, partial(call, model=model, dtype=dtype), _AGAIN)
+    """Options in pairs; with `full`, those of attention in every combination."""
+    shapes: dict[str, Sequence[Any]] = {"model": MODELS}
+    reading = shapes | {"soft_cap": (None, 50.0), "fp8": (False, True)}
+    all_pages = {"page_size": (64, 16, 128)}
+    pages = all_pages if full else {"page_size": (64, 16)}  # above 64 they are all larger than a tile
+    windows, lengths = {"window": (None, 4096)}, {"query_length": (1, 4)}
+    longest = {"query_length": (1, 4, 8)} if full else lengths
+    ways: dict[str, Sequence[Any]] = {} if full else {"work": (True, False), "shared": (False, True)}
+    yield from _of(_decode, full, **reading, **pages, **windows, **longest, **ways)
+    yield from _of(_extend, full, **reading, **all_pages, **windows)
+    yield from _of(_shared_prefix, full, **reading, **pages, **lengths)
+    yield from _of(_rotate_and_store, full, **shapes, fp8=(False, True), norm=(False, True))
+    yield from _of(_store_kv, full, **shapes, fp8=(False, True))
+    yield from _of(_add_norm, full, **shapes, first=(False, True))
+    yield from _of(_silu_mul, full, **shapes)
+    yield from _of(_sample, full, model=MODELS if full else VOCABULARIES, penalties=(False, True))
+    yield from _of(_prepare, full, page_size=(64, 16, 128), logits=(True, False))
+    if not full:
+        yield from _of(_decode, full, model=EXTREMES, page_size=(128,), query_length=(8,))
+        yield from _of(_shared_prefix, full, model=EXTREMES, page_size=(128,))
+    for dtype, models in (torch.float32, EXTREMES), (torch.float16, EXTREMES[:1]):
+        options: dict[str, Sequence[Any]] = {"model": MODELS if full else models, "dtype": (dtype,)}
+        for call in (_decode, _extend, _shared_prefix, _rotate_and_store, _store_kv, _add_norm, _silu_mul, _sample):
+            yield from _of(call, full, **options)
 
 
-def _of(kernel: str, call: Callable[..., object], full: bool, **options: Sequence[Any]) -> Iterator[Variant]:
-    chosen = [dict(zip(options, values, strict=True)) for values in product(*options.values())]
-    for choice in chosen if full else pairwise(options):
-        said = [value.name if isinstance(value, Model) else f"{name} {value}" for name, value in choice.items()
-                if isinstance(value, Model) or value != options[name][0]]  # fmt: skip
-        yield Variant(f"{kernel}: {', '.join(said) or 'plain'}", partial(call, **choice), _AGAIN)
+def _of(call: Callable[..., object], full: bool, **options: Sequence[Any]) -> Iterator[Variant]:
+    """What is not said in a name is as in most models."""
+    for choice in _product(options) if full else pairwise(options):
+        said = [name if value is True else str(getattr(value, "name", f"{name} {value}")) for name, value in
+                choice.items() if value]  # fmt: skip
+        yield Variant(f"{call.__name__[1:]}: {', '.join(said)}", partial(call, **choice), _AGAIN)
+
+
+def _product(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(options, values, strict=True)) for values in product(*options.values())]
 
 
 def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -172,25 +182,11 @@ def _decode(
     fp8: bool = False,
     query_length: int = 1,
     work: bool = True,
+    shared: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    _decode_from(size, model, page_size, window, soft_cap, fp8, query_length, work, dtype)
-
-
-def _decode_from(
-    size: int,
-    model: Model,
-    page_size: int,
-    window: int | None,
-    soft_cap: float | None,
-    fp8: bool,
-    query_length: int,
-    work: bool,
-    dtype: torch.dtype,
-    starts: torch.Tensor | None = None,
-    first_split: int = 0,
-) -> None:
-    """Plan, decode and merge, alone or after others have answered the tokens before `starts`."""
+    """Plan, decode and merge; `shared`: after others have answered the tokens before some starts."""
+    starts, first_split = (_ints(size), SHARED_SPLITS) if shared else (None, 0)
     q, out = (make(model, size * query_length, dtype) for make in (_queries, _answers))
     context_lengths, split_tokens = _ints(size), _ints(1)
     processors = architecture_of(META).processors
@@ -214,7 +210,7 @@ def _decode_from(
     merge_partials(
         partials, out, context_lengths=context_lengths, split_tokens=split_tokens, splits=splits,
         query_length=query_length, kv_heads=model.kv_heads, window=window, starts=starts,
-        shared_split_tokens=None if starts is None else _ints(1), first_split=first_split,
+        shared_split_tokens=_ints(1) if shared else None, first_split=first_split,
     )  # fmt: skip
 
 
@@ -251,30 +247,25 @@ def _shared_prefix(
     query_length: int = 1,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """What requests share, then what each has alone, and the merge."""
     architecture = architecture_of(META)
     requests = requests_per_tile(
         architecture, model.head_dim, dtype, group=model.query_heads // model.kv_heads, query_length=query_length
     )
-    tiles, splits = -(-size // requests), 32
+    tiles = -(-size // requests)
     prefix_lengths, split_tokens = _ints(tiles), _ints(1)
     plan_shared_splits(
-        prefix_lengths, split_tokens, kv_heads=model.kv_heads, splits=splits, tile_tokens=64,
+        prefix_lengths, split_tokens, kv_heads=model.kv_heads, splits=SHARED_SPLITS, tile_tokens=64,
         programs=WAVES * architecture.processors,
     )  # fmt: skip
     partials = Partials.allocate(
         rows=size * query_length, query_heads=model.query_heads, device=META, head_dim=model.head_dim,
-        splits=splits + MOST_SPLITS,
+        splits=SHARED_SPLITS + MOST_SPLITS,
     )  # fmt: skip
     shared_prefix_decode(
         _queries(model, size * query_length, dtype), **_cache(model, page_size, dtype, fp8),
         tables=_tables(page_size), rows=_ints(size), members=_ints(tiles, requests), prefix_lengths=prefix_lengths,
-        split_tokens=split_tokens, partials=partials, splits=splits, page_size=page_size, query_length=query_length,
-        scale=_scale(model), soft_cap=soft_cap,
-    )  # fmt: skip
-    _decode_from(
-        size, model, page_size, window, soft_cap, fp8, query_length, True, dtype, starts=_ints(size),
-        first_split=splits,
+        split_tokens=split_tokens, partials=partials, splits=SHARED_SPLITS, page_size=page_size,
+        query_length=query_length, scale=_scale(model), soft_cap=soft_cap,
     )  # fmt: skip
 
 
@@ -288,6 +279,11 @@ def _rotate_and_store(
         sin=turns[1], slots=_ints(size), query_heads=model.query_heads, kv_heads=model.kv_heads,
         head_dim=model.head_dim, q_norm=weights[0] if norm else None, k_norm=weights[1] if norm else None,
     )  # fmt: skip
+
+
+def _store_kv(size: int, model: Model, fp8: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
+    k, v = torch.empty(2, size, model.kv_heads, model.head_dim, dtype=dtype, device=META)
+    store_kv(k, v, **_cache(model, 64, dtype, fp8), slots=_ints(size))
 
 
 def _add_norm(size: int, model: Model, first: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
