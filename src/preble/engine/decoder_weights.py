@@ -106,7 +106,8 @@ class _Reader:
         return Linear(weight, self._merged(*(f"{name}.bias" for name in names)).clone() if bias else None)
 
     def norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self.tensor(f"{name}.weight"), self._config.rms_norm_eps)
+        # Copied, so that a few numbers do not keep their file mapped.
+        return RMSNorm(self.tensor(f"{name}.weight").clone(), self._config.rms_norm_eps)
 
     def _qk_norm(self, attention: str) -> RMSNorm:
         heads = ((f"{attention}q_norm", self._config.query_heads), (f"{attention}k_norm", self._config.kv_heads))

@@ -27,6 +27,12 @@ WIDE = {
     "mistral": {"head_dim": 16, "sliding_window": 24},
     "qwen2": {"hidden_size": 64},
     "qwen3": {"head_dim": 16},
+    "qwen2 half windowed": {
+        "hidden_size": 64,
+        "use_sliding_window": True,
+        "sliding_window": 24,
+        "max_window_layers": 1,
+    },
 }
 """What makes heads of 16 numbers, as narrow as a tensor core takes."""
 
@@ -37,7 +43,7 @@ class DeviceWorld:
     def __init__(
         self, folder: Path, family: str = "llama", *, operations: Operations = REFERENCE, **options: Any
     ) -> None:
-        write_checkpoint(folder, family, **WIDE[family])
+        write_checkpoint(folder, family.split()[0], **WIDE[family])
         self.tokenizer = Tokenizer(folder)
         self.host_model = load_model(folder, device=CPU, dtype="float32")
         self._folder = folder

@@ -91,6 +91,15 @@ def test_what_decodes_share_is_read_once_and_gives_the_same(world: DeviceWorld, 
     assert sum(tiles > 0 for tiles in always_shared) > 10
 
 
+def test_layers_with_a_window_read_their_own(tmp_path: Path, always_shared: list[int]) -> None:
+    """Of two layers one sees everything, and shares; the other sees 24 tokens, which no two requests have in common."""
+    world = DeviceWorld(tmp_path, "qwen2 half windowed")
+    assert world.host_model.config.layer_windows == (None, 24)
+    requests = [submit(str(number), prompt, 12) for number, prompt in enumerate(prompts(12, seed=3))]
+    assert given_tokens(finish(world.device(), requests)) == expected(world, requests)
+    assert any(always_shared)
+
+
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32),

@@ -9,6 +9,7 @@ import sys
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,12 @@ from preble.engine.device.memory import DeviceMemory
 from preble.engine.device.queue import HostQueue
 from preble.engine.device.rows import RequestRows
 from preble.engine.device.staging import Staging
+from preble.engine.device.step import LogitRows
 from preble.errors import DeviceError, InvalidRequest, UnsupportedModel
 from preble.kernels.architecture import SM_80, SM_90
 from preble.sched.block_table import BlockTable
 from preble.sched.sequence import Sequence
-from preble.sched.step_plan import Chunk
+from preble.sched.step_plan import Chunk, StepPlan
 
 GIB = 1 << 30
 
@@ -215,6 +217,24 @@ def test_rows_of_requests_that_left_are_given_to_others() -> None:
     [back], [row], updates = rows.place([chunk(one)])
     assert back == numbers[1], "a preempted request comes back to another row"
     assert updates.tolist() == [[back, 0, 3]]
+
+
+def test_logits_are_made_only_for_what_samples() -> None:
+    def one(name: str, **options: Any) -> Sequence:
+        state = SimpleNamespace(params=preble.SamplingParams(**options), stop_ids=np.zeros(0, np.int64))
+        payload = SimpleNamespace(sampling=state)
+        return Sequence(name, np.arange(9, dtype=np.int32), prompt_length=9, max_length=20, payload=payload)
+
+    decode, host, part, whole = one("decode"), one("host", logprobs=1), one("part"), one("whole")
+    chunks = [Chunk(decode, 8, 1, True), Chunk(host, 8, 1, True), Chunk(part, 0, 5, False), Chunk(whole, 2, 7, True)]
+    plan = StepPlan([chunks[3], chunks[0], chunks[2], chunks[1]], 14)
+    rows = LogitRows.of(chunks, plan, every=False)
+    assert rows.entries.tolist() == [0, 1, 13], "the last entry of each chunk that samples"
+    assert rows.positions.tolist() == [9, 9, 9]
+    assert rows.table_rows([4, 5, 6, 7]).tolist() == [4, -1, 7], "the host samples for one"
+    assert rows.places == [2, 0, 1], "in the order of the plan"
+    assert [(one.chunk, one.position) for one in rows.on_host] == [(2, 9)]
+    assert LogitRows.of(chunks, plan, every=True).table_rows([4, 5, 6, 7]).tolist() == [4, -1, -1, 7]
 
 
 @given(largest=st.integers(1, 600))

@@ -59,8 +59,7 @@ class DeviceSampling:
             )
             if state.seen is not None:
                 tokens, length = row.sequence.tokens, row.sequence.prompt_length
-                prompt = tokens[:length] if state.params.repetition_penalty != 1.0 else tokens[:0]
-                penalised += [prompt, tokens[length:]]
+                penalised += [tokens[:length], tokens[length:]]
         return [packed, *penalised]
 
     def enter(self, new: Several[Row], arrays: Several[torch.Tensor]) -> None:
