@@ -19,6 +19,7 @@ from preble.engine.device import sharing
 from preble.engine.device.runner import DeviceRunner
 from preble.engine.engine import Engine
 from preble.engine.messages import Delta
+from preble.kernels.fp8 import decoded
 from preble.kernels.operations import TRITON
 from preble.kernels.prefix_groups import SharingCosts
 from preble.sched.events import StepTimed
@@ -292,11 +293,19 @@ def test_a_token_beyond_the_end_is_thrown_away(world: DeviceWorld) -> None:
     assert engine.computed_tokens == len(request.token_ids) + len(mine), "the last one for nothing"
 
 
-def test_fp8_pages_give_nearly_the_same_logits(tmp_path: Path) -> None:
+def test_fp8_pages_hold_nearly_the_same_numbers(tmp_path: Path) -> None:
     world = DeviceWorld(tmp_path, "qwen3")
     request = submit("x", prompts(1)[0], 4, logprobs=0)
-    [exact] = finish(world.device(), [request]).values()
-    engine = world.device(kv_dtype="fp8")
-    assert runner_of(engine)._forward.kv.keys.dtype == torch.uint8
-    [close] = finish(engine, [request]).values()
+    engines = [world.device(), world.device(kv_dtype="fp8")]
+    [exact], [close] = (list(finish(engine, [request]).values()) for engine in engines)
     assert abs(close[0].logprobs[0].logprob - exact[0].logprobs[0].logprob) < 0.3
+    stored, coded = (runner_of(engine)._forward.kv for engine in engines)
+    assert coded.keys.dtype == torch.uint8
+    count = len(request.token_ids)  # the first pages of both
+    for layer in range(world.host_model.config.layers):
+        scales = coded.scales(layer)
+        for name, scale in (("keys", scales["key_scales"]), ("values", scales["value_scales"])):
+            wanted = getattr(stored, name)[layer, :count]
+            got = decoded(getattr(coded, name)[layer, :count]) * scale[:, None]
+            assert (got - wanted).norm() < 0.08 * wanted.norm(), (layer, name)
+            assert scale.max() < 10 * wanted.abs().max() / 448, "numbers use the range there is"
