@@ -67,13 +67,19 @@ def test_a_torch_that_cannot_use_the_gpu_is_told_apart(monkeypatch: pytest.Monke
     with pytest.raises(DeviceError, match="built without CUDA; install a CUDA build"):
         place_replicas(1, ["cuda:0"])
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(DeviceError, match="for CUDA 13.0 finds no usable GPU.*nvidia-smi.*driver new enough"):
+    with pytest.raises(DeviceError, match=r"for CUDA 13\.0 finds no usable GPU.*nvidia-smi.*driver new enough"):
         place_replicas(1, ["cuda:0"])
 
 
 @pytest.mark.parametrize(
     ("capability", "family", "converts"),
-    [((8, 0), SM_80, False), ((8, 9), SM_80, True), ((9, 0), SM_90, True), ((10, 0), SM_90, True), ((12, 0), SM_80, True)],
+    [
+        ((8, 0), SM_80, False),
+        ((8, 9), SM_80, True),
+        ((9, 0), SM_90, True),
+        ((10, 0), SM_90, True),
+        ((12, 0), SM_80, True),
+    ],
 )
 def test_chips_get_the_tiles_that_fit_them(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], family: architecture.Architecture, converts: bool

@@ -116,7 +116,7 @@ def _slots(table, position, stop, tokens, PAGE_SIZE: tl.constexpr, TILE_TOKENS: 
     return slots
 
 
-@triton.jit(do_not_specialize=["pages_per_row"])
+@triton.jit(do_not_specialize=["pages_per_row", "partials"])
 def shared_prefix_kernel(  # type: ignore[no-untyped-def]
     q,
     keys,
@@ -131,9 +131,9 @@ def shared_prefix_kernel(  # type: ignore[no-untyped-def]
     key_scales,
     value_scales,
     pages_per_row,
+    partials,
     SCALE: tl.constexpr,
     QUERY_STRIDE: tl.constexpr,
-    PARTIALS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -209,7 +209,7 @@ def shared_prefix_kernel(  # type: ignore[no-untyped-def]
     answer /= total[:, None]
     if value_scales is not None:
         answer *= tl.load(value_scales + kv_head)
-    partial = (row * (KV_HEADS * GROUP) + head) * PARTIALS + split
+    partial = (row * (KV_HEADS * GROUP) + head) * partials + split
     tl.store(partial_lse + partial, highest + tl.log2(total), mask=member >= 0)
     tl.store(partial_out + partial[:, None] * HEAD_DIM + dims[None, :], answer, mask=live)
 
@@ -275,7 +275,7 @@ def shared_prefix_decode(
         SCALE=scale,
         QUERY_STRIDE=q.stride(0),
         pages_per_row=tables.stride(0),
-        PARTIALS=partials.splits,
+        partials=partials.splits,
         KV_HEADS=kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,

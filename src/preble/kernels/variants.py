@@ -26,7 +26,7 @@ from preble.kernels.sampling import SamplingWorkspace, sample
 from preble.kernels.sampling_rows import WORDS, SamplingRows
 from preble.kernels.shared_prefix import plan_shared_splits, requests_per_tile, shared_prefix_decode
 from preble.kernels.silu_mul import silu_mul
-from preble.kernels.splits import MOST_SPLITS, WAVES, plan_splits, splits_for, tile_of, work_items
+from preble.kernels.splits import WAVES, plan_splits, splits_for, tile_of, work_items
 from preble.kernels.store_kv import store_kv
 
 META = torch.device("meta")
@@ -259,7 +259,7 @@ def _shared_prefix(
     )  # fmt: skip
     partials = Partials.allocate(
         rows=size * query_length, query_heads=model.query_heads, device=META, head_dim=model.head_dim,
-        splits=SHARED_SPLITS + MOST_SPLITS,
+        splits=SHARED_SPLITS + splits_for(size, model.kv_heads, architecture.processors),
     )  # fmt: skip
     shared_prefix_decode(
         _queries(model, size * query_length, dtype), **_cache(model, page_size, dtype, fp8),
