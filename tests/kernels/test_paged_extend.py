@@ -208,7 +208,7 @@ def test_without_new_tokens_nothing_is_written() -> None:
 def test_slots_beyond_32_bits() -> None:
     """Only the addresses matter: 2 ** 31 elements begin where a page of the highest number would lie."""
     if DEVICE.type != "cuda":
-        pytest.skip("needs 8 GiB")
+        pytest.skip("needs a GPU with 8 GiB")
     case = Case([(20, 200)], page_size=128, kv_heads=8, head_dim=128, dtype=torch.float16)
     kv, q = case.kv(), case.q()
     exact = expected(case, kv, q)
