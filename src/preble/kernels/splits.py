@@ -14,6 +14,8 @@ from preble.kernels.architecture import architecture_of
 from preble.kernels.launch import launch
 from preble.kernels.tiles import Tile, decode_tile, power_of_two
 
+SHARED_SPLITS = 32
+"""The most pieces a shared prefix is cut into: with 8 KV heads, one prefix then still fills a GPU."""
 WAVES = 4
 """Programs for each processor that a plan aims at."""
 SHORTEST_SPLIT = 2

@@ -26,15 +26,13 @@ from preble.kernels.sampling import SamplingWorkspace, sample
 from preble.kernels.sampling_rows import WORDS, SamplingRows
 from preble.kernels.shared_prefix import plan_shared_splits, requests_per_tile, shared_prefix_decode
 from preble.kernels.silu_mul import silu_mul
-from preble.kernels.splits import WAVES, plan_splits, splits_for, tile_of, work_items
+from preble.kernels.splits import SHARED_SPLITS, WAVES, plan_splits, splits_for, tile_of, work_items
 from preble.kernels.store_kv import store_kv
 
 META = torch.device("meta")
 CONTEXT = 131072
 """Tokens for which page tables have room."""
 TABLE_ROWS = 513
-SHARED_SPLITS = 32
-"""Partial answers of a shared prefix."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,11 @@ from preble.engine.kv_cache import KVCache
 from preble.kernels.architecture import architecture_of
 from preble.kernels.operations import Operations
 from preble.kernels.partials import Partials
-from preble.kernels.splits import splits_for, work_items
+from preble.kernels.splits import SHARED_SPLITS, WAVES, splits_for, work_items
 from preble.kernels.tiles import decode_tile, shared_prefix_tile
 
-PROGRAMS_PER_PROCESSOR = 4
-"""Programs that decode attention is cut into: enough that each processor hides the latency of its loads."""
 SHARED_PROGRAMS_PER_PROCESSOR = 2
 """Programs of shared prefixes that fit a processor at a time: their tiles take half of its memory."""
-SHARED_SPLITS = 32
-"""The most pieces a shared prefix is cut into: with 8 KV heads, one prefix then still fills a GPU."""
 
 
 @dataclass(slots=True)
@@ -62,7 +58,7 @@ class KernelAttention:
         self._device = device
         self._page_size = page_size
         self._processors = architecture_of(device).processors
-        self._programs = PROGRAMS_PER_PROCESSOR * self._processors
+        self._programs = WAVES * self._processors
         group = config.query_heads // config.kv_heads
         architecture = architecture_of(device)
         self._tile_tokens = decode_tile(architecture, config.head_dim, group, dtype.itemsize).tokens

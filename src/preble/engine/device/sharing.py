@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from preble.engine.config import ModelConfig
-from preble.engine.device.kernel_attention import SHARED_SPLITS
 from preble.kernels.architecture import architecture_of
 from preble.kernels.prefix_groups import PrefixGroups, SharedPrefixes, SharingCosts
 from preble.kernels.shared_prefix import requests_per_tile
+from preble.kernels.splits import SHARED_SPLITS
 from preble.sched.step_plan import Chunk
 
 DECODES_PER_TILE = 8
