@@ -12,16 +12,17 @@ import pytest
 import preble
 
 ROOT = Path(preble.__file__).parent
-ROOMS = ("sched", "engine", "kernels", "replica", "cli", "bench")
+ROOMS = ("sched", "sim", "engine", "kernels", "replica", "cli", "bench")
 
 MAY_IMPORT = {
     "sched": {"sched", "leaf"},
+    "sim": {"sim", "sched", "leaf"},
     "kernels": {"kernels", "leaf"},
     "engine": {"engine", "kernels", "sched", "leaf"},
     "replica": {"replica", "engine", "sched", "leaf"},
     "cluster": {"cluster", "replica", "engine", "sched", "leaf"},
-    "cli": {"cli", "bench", "cluster", "sched", "leaf"},
-    "bench": {"bench", "cluster", "engine", "kernels", "replica", "sched", "leaf"},
+    "cli": {"cli", "bench", "sim", "cluster", "sched", "leaf"},
+    "bench": {"bench", "cluster", "engine", "kernels", "replica", "sim", "sched", "leaf"},
 }
 """Room -> rooms it may import. `leaf` are the values and errors everybody knows; `cluster` is the async front."""
 
