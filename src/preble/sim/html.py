@@ -1,0 +1,144 @@
+"""Reports as one HTML file: a page of sections with tables and plots, which loads nothing and runs no script.
+
+Plots are matplotlib figures drawn into the page as SVG. Their text and axes take the colour of the page's text, so that
+they read on light and on dark ground; the same figure always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from preble.errors import PrebleError
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from matplotlib.figure import Figure
+
+INK = "#010203"
+"""Drawn in this colour, a part of a plot takes the colour of the page's text. No palette has it by accident."""
+COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#06b6d4", "#ca8a04", "#ec4899")
+"""Of the lines, in order: each reads on white and on near-black. After the last, they begin again dashed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of text under a header."""
+
+    header: Sequence[str]
+    """One cell per column; empty for a table without a header."""
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    left: int = 1
+    """This many leading columns are aligned to the left, the others to the right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A figure with the words below it."""
+
+    title: str
+    svg: str
+    """What `figure_svg` gave. It goes into the page as it is."""
+    caption: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading with text, tables and plots, in this order."""
+
+    title: str = ""
+    text: str = ""
+    """Paragraphs, parted by empty lines."""
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = ()
+
+
+def page(title: str, *sections: Section, subtitle: str = "") -> str:
+    """The HTML document. All text is escaped."""
+    return _template().render(title=title, subtitle=subtitle, sections=sections)
+
+
+def require_plots() -> None:
+    """Call it before the work that plots are to show.
+
+    Raises:
+        PrebleError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise PrebleError("plots need matplotlib, which is not installed: pip install 'preble[report]'")
+
+
+@contextmanager
+def plot_style() -> Iterator[None]:
+    """How figures look; make them inside. No state of matplotlib is changed outside."""
+    from matplotlib import rc_context, rcParamsDefault
+
+    # From the defaults, so that somebody's own matplotlibrc does not change the report.
+    settings: Any = {key: value for key, value in rcParamsDefault.items() if not key.startswith("backend")}
+    with rc_context(settings | _style()):
+        yield
+
+
+def figure_svg(figure: Figure) -> str:
+    """An `<svg>` element of the figure, the same for the same figure.
+
+    Its ids are unlike those of any other figure, as all figures of a page share one space of names.
+    """
+    out = io.BytesIO()
+    with plot_style():
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = out.getvalue().decode()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+    svg = svg.replace(INK, "currentColor")
+    digest = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    used = set(re.findall(r'<[^>]*?(?:url\(|href=")#([^)"]+)', svg))
+
+    def own_name(found: re.Match[str]) -> str:
+        return f'{found[1]} id="{digest}-{found[2]}"' if found[2] in used else found[1]
+
+    svg = re.sub(r'(<[^>]*?) id="([^"]+)"', own_name, svg)
+    return re.sub(r'(<[^>]*?(?:url\(|href="))#', rf"\g<1>#{digest}-", svg).strip()
+
+
+def _style() -> dict[str, Any]:
+    from cycler import cycler
+
+    return {
+        "svg.hashsalt": "preble",
+        "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's colour
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": INK,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "axes.titlesize": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.prop_cycle": cycler(linestyle=["-", "--"]) * cycler(color=COLOURS),
+        "grid.color": INK,
+        "grid.alpha": 0.13,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "legend.frameon": False,
+        "lines.linewidth": 1.8,
+        "figure.constrained_layout.use": True,
+    }
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment
+
+    source = resources.files("preble.sim").joinpath("page.html").read_text(encoding="utf-8")
+    return Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True).from_string(source)
