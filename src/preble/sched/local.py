@@ -27,6 +27,9 @@ MOST_PASSED = 32
 """How many others such a request lets pass. Then nobody is admitted before it: that ends when its prefix is there."""
 LOOKS = 16
 """How many waiting requests a step looks up again when the cache has changed."""
+PATIENCE = 8
+"""Steps until the next in line, for whom the pages did not suffice, is looked at again, if meanwhile nobody came or left:
+by then the others have grown, and the forecast of what they will need has changed a little."""
 
 
 class LocalScheduler:
@@ -94,6 +97,8 @@ class LocalScheduler:
         self._serials = count(1)
         self._cache_events = count(1)
         self._events: list[Event] = []
+        self._patience = 0
+        """Steps for which nobody needs to be looked at for admission."""
         self._to_look_up: list[Sequence] = []
         """Waiting requests of the present round of looks."""
         self._round_version = 0
@@ -158,7 +163,9 @@ class LocalScheduler:
         for sequence in self.running[:]:
             if sequence.remaining > 1 and sequence.node is not None:
                 self._schedule(plan, sequence)
-        if self.waiting:
+        if self._patience:
+            self._patience -= 1
+        elif self.waiting:
             self._look_again()
             self._admit(plan, now)
         for chunk in plan.chunks:
@@ -201,6 +208,36 @@ class LocalScheduler:
                 self._found(sequence, self._look_up(sequence)[0])
             if finished:
                 self._finish(sequence)
+
+    def decode_steps(self) -> int:
+        """For how many steps, at least, every running request just decodes and nobody is admitted or preempted, were
+        none of them to end: what `leap` may skip. 0 where that is not known."""
+        running = self.running
+        if not running or (self.waiting and not self._patience and len(running) < self.max_running):
+            return 0
+        if any(one.remaining != 1 or one.in_flight for one in running):
+            return 0
+        steps = min([one.max_length - one.length for one in running])
+        steps = min(steps, self.page_size * (self.cache.available // len(running)))
+        return min(steps, self._patience) if self.waiting and len(running) < self.max_running else steps
+
+    def leap(self, steps: int, tokens: Iterable[int]) -> None:
+        """Do in one go what `steps` times `plan` and `commit` would, at most `decode_steps()`: for simulations.
+
+        Events are the same as well, but what a request did in these steps is one `Progressed`.
+
+        Args:
+            steps: at least 1.
+            tokens: per running request the token that it generates in each of them.
+        """
+        for sequence, token in zip(self.running, tokens, strict=True):
+            sequence.extend(token, steps)
+            sequence.computed += steps
+            reserved = self._reserve(StepPlan(), sequence, sequence.computed)
+            assert reserved, "decode_steps() promised that the pages suffice"
+            new_tokens = (token,) * steps
+            self._events.append(Progressed(self.replica, sequence.request_id, sequence.computed, new_tokens))
+        self._patience = max(self._patience - steps, 0)
 
     def learn(self, step: StepTimed) -> None:
         """Learn from a step's timing what steps cost here."""
@@ -252,6 +289,7 @@ class LocalScheduler:
         require(cache.pool.free + cache.cached + cache.in_use == cache.pool.total, "pages do not add up")
 
     def _queue(self, sequence: Sequence) -> None:
+        self._patience = 0
         sequence.passed = 0
         sequence.matched, _ = self._look_up(sequence)
         sequence.looked = self.cache.version
@@ -344,6 +382,7 @@ class LocalScheduler:
                 continue
             pages = self._pages_for(sequence) - matched // self.page_size + unused
             if not budget.admit(sequence, pages):
+                self._patience = PATIENCE
                 return
             for one in passing:
                 one.passed += 1
@@ -389,6 +428,7 @@ class LocalScheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         """Stop running: computed whole pages stay in the cache, the rest is freed."""
+        self._patience = 0
         self._publish(sequence)
         assert sequence.node is not None
         self.cache.pool.release(sequence.table.pages[sequence.node.end // self.page_size :])
@@ -402,6 +442,7 @@ class LocalScheduler:
         if sequence.node is not None:
             self._leave(sequence)
         else:
+            self._patience = 0
             self.waiting.remove(sequence)
         sequence.finished = True
         del self._by_id[sequence.request_id]

@@ -130,9 +130,14 @@ class Sequence:
 
     def append(self, token: int) -> None:
         """Add a generated token."""
-        if self.length == len(self._buffer):
-            grown = np.empty(min(self.max_length, 2 * self.length), np.int32)
-            grown[: self.length] = self._buffer
+        self.extend(token, 1)
+
+    def extend(self, token: int, count: int) -> None:
+        """Add a generated token, `count` times."""
+        length = self.length + count
+        if length > len(self._buffer):
+            grown = np.empty(min(self.max_length, max(2 * self.length, length)), np.int32)
+            grown[: self.length] = self._buffer[: self.length]
             self._buffer = grown
-        self._buffer[self.length] = token
-        self.length += 1
+        self._buffer[self.length : length] = token
+        self.length = length

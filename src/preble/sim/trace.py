@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +26,15 @@ class TracedRequest:
     """How many tokens it generates, at least 1."""
     blocks: Blocks
     """int32 [ceil(prompt_tokens / block size)], none negative: two prompts share as many tokens as their leading blocks
-    are equal. The last block may be partial; then its number must occur in no other prompt of different length."""
+    are equal. So, but where a block is one token, a number stands for the block and all before it. The last block may be partial;
+    then its number must occur in no prompt of different length."""
     session: str | None = None
     """The conversation or agent it belongs to. Its requests follow each other in the order of the trace."""
     think: float = 0.0
     """In a closed loop: seconds from the end of the session's request before to this one."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """Requests in order of arrival."""
 
@@ -50,6 +52,19 @@ class Trace:
     def rate(self) -> float:
         """Requests per second, 0 where they all arrive at once."""
         return (len(self.requests) - 1) / self.duration if self.duration else 0.0
+
+    @cached_property
+    def known_tokens(self) -> NDArray[np.int64]:
+        """[requests]: tokens in the longest prefix shared with a request before it, whole blocks, the prompt's last token
+        never counted: what a cache without end would have."""
+        seen: set[int] = set()
+        known = np.zeros(len(self.requests), np.int64)
+        for number, request in enumerate(self.requests):
+            blocks = request.blocks.tolist()
+            shared = next((count for count, block in enumerate(blocks) if block not in seen), len(blocks))
+            known[number] = min(shared * self.block_size, request.prompt_tokens - 1)
+            seen.update(blocks[shared:])
+        return known
 
     def tokens(self, request: TracedRequest) -> Tokens:
         """int32 [prompt_tokens]: the prompt, every token named after its block."""

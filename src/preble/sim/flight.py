@@ -1,0 +1,50 @@
+"""A request on its way through the simulation, and what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from preble.sim.trace import TracedRequest
+
+OUTPUT_TOKEN = 2**31 - 1
+"""The number that request 0 generates; every later one has the number below. No block of a prompt is named so high."""
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One request, from its arrival to its end. Times are seconds on the virtual clock, NaN where it did not come to that."""
+
+    number: int
+    """Position in the trace."""
+    traced: TracedRequest
+    max_tokens: int
+    """What the schedulers are told that it may generate at most. They don't know what it will."""
+    arrived: float
+    placed: float = float("nan")
+    """When the global scheduler gave it to a replica, the first time."""
+    admitted: float = float("nan")
+    """When a replica began to compute it, the first time."""
+    first_token: float = float("nan")
+    ended: float = float("nan")
+    generated: int = 0
+    replica: int = -1
+    """Where it is, or ended."""
+    reason: str = ""
+    """The rule that placed it there."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the cache at its first admission."""
+    computed_tokens: int = 0
+    """Tokens of prompt and output computed before they were decoded, those computed again after a preemption or a failure
+    included."""
+    preemptions: int = 0
+    moves: int = 0
+    """How often it had to leave a replica that failed."""
+
+    @property
+    def request_id(self) -> str:
+        return str(self.number)
+
+    @property
+    def token(self) -> int:
+        """What it generates, over and over: no other request does, so that nothing is shared by accident."""
+        return OUTPUT_TOKEN - self.number
