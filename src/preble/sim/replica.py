@@ -168,8 +168,8 @@ class SimulatedReplica:
         if not steps:
             return False
         steps = min(steps, min([one.payload.traced.output_tokens - one.payload.generated for one in running]) - 1)
-        if steps < 2:
-            return False
+        if steps < 2 or not all([one.payload.generated for one in running]):
+            return False  # one that lacks but the last token of its prompt is about to get its first
         decodes = len(running)
         context = sum([one.length for one in running])
         self._timed = (decodes, decodes, context, context, 0.0)
