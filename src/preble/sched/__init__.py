@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         Stored,
     )
     from preble.sched.explanation import Candidate, Explanation
+    from preble.sched.hot_prefixes import HotPrefix
     from preble.sched.placement import Placement, Waiting
     from preble.sched.policies import E2, POLICIES, Choice, Policy, ReplicaView, RequestView, Stretch, TrafficView, View
     from preble.sched.scheduler import GlobalScheduler
@@ -46,6 +47,7 @@ _HOMES = {
         "Stored",
     ),
     "explanation": ("Candidate", "Explanation"),
+    "hot_prefixes": ("HotPrefix",),
     "placement": ("Placement", "Waiting"),
     "policies": ("E2", "POLICIES", "Choice", "Policy", "ReplicaView", "RequestView", "Stretch", "TrafficView", "View"),
     "scheduler": ("GlobalScheduler",),
@@ -66,6 +68,7 @@ __all__ = [
     "Finished",
     "FittedCost",
     "GlobalScheduler",
+    "HotPrefix",
     "Placement",
     "Policy",
     "Preempted",

@@ -23,6 +23,7 @@ from preble.sched.events import (
 )
 from preble.sched.explanation import Explanation
 from preble.sched.fleet import Fleet
+from preble.sched.hot_prefixes import HotPrefix, hottest_prefixes
 from preble.sched.invariants import require
 from preble.sched.ledger import Ledger
 from preble.sched.lots import Lots
@@ -318,6 +319,13 @@ class GlobalScheduler:
             InvalidRequest: there is no such replica.
         """
         return self._fleet.tree.resident(self._fleet.ledger(replica).cache)
+
+    def hottest_prefixes(self, count: int = 10) -> list[HotPrefix]:
+        """The stretches of prompts whose sharing within the window saves most, the hottest first, and which replicas
+        have them. Walks the whole prefix tree and changes nothing."""
+        fleet = self._fleet
+        replicas = {ledger.cache.slot: number for number, ledger in fleet.ledgers.items()}
+        return hottest_prefixes(fleet.tree, replicas, count)
 
     def check(self) -> None:
         """Prove every invariant from scratch.
