@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from preble.sched.hot_prefixes import HotPrefix
 from preble.sim.samples import Samples
 from preble.sim.settings import Settings
 from preble.sim.simulation import Simulation
@@ -28,6 +29,8 @@ class Outcome:
     slo: SLO
     requests: int
     """In the trace."""
+    rate: float
+    """… per second, as they were recorded or made."""
     refused: int
     """… of which no replica could have held these."""
     numbers: NDArray[np.int64]
@@ -62,6 +65,9 @@ class Outcome:
     makespan: float
     """From the first arrival to the last end."""
     samples: Samples
+    hottest: list[HotPrefix]
+    """The prefixes whose sharing saved most when the last request arrived, and who had them. None where others than a
+    `GlobalScheduler` decided."""
     decide_seconds: float
     """Real seconds of the global scheduler. All else is the same in every run."""
 
@@ -159,6 +165,7 @@ def outcome_of(simulation: Simulation, slo: SLO) -> Outcome:
         settings=simulation.settings,
         slo=slo,
         requests=len(flights),
+        rate=simulation.trace.rate,
         refused=len(simulation.refused),
         numbers=np.array([one.number for one in done], np.int64),
         arrived=np.array([one.arrived for one in done], np.float64),
@@ -178,5 +185,6 @@ def outcome_of(simulation: Simulation, slo: SLO) -> Outcome:
         busy_seconds=np.array([one.busy_seconds for one in simulation.replicas]),
         makespan=max((one.ended for one in done), default=0.0),
         samples=simulation.samples,
+        hottest=simulation.hottest,
         decide_seconds=simulation.decide_seconds,
     )

@@ -12,6 +12,7 @@ from preble.sched.cost import CostModel
 from preble.sched.cost_fit import FittedCost
 from preble.sched.cost_presets import make_cost
 from preble.sched.events import Event, ReplicaDown, ReplicaUp
+from preble.sched.hot_prefixes import HotPrefix
 from preble.sched.local import LocalScheduler
 from preble.sched.placement import Placement
 from preble.sched.policies.base import Policy
@@ -66,6 +67,8 @@ class Simulation:
         """All requests, in order of the trace."""
         self.refused: list[int] = []
         """Positions in the trace of requests that are longer than a replica's pages hold."""
+        self.hottest: list[HotPrefix] = []
+        """Of the prefix tree at the last arrival; none where others than a `GlobalScheduler` decide."""
         cost, capacity = settings.cost_model, settings.kv_tokens
         believed = cost if settings.believed_cost is None else make_cost(settings.believed_cost)
         self.router: Router = (
@@ -98,7 +101,7 @@ class Simulation:
         """When the present step of each replica ends."""
         self._followers: dict[int, int] = {}
         """In a closed loop: position of a request -> that of the session's next one."""
-        self._unended = 0
+        self._unended = self._to_come = 0
         self._schedule_arrivals(capacity)
 
     def run(self) -> None:
@@ -126,6 +129,7 @@ class Simulation:
                 self.refused.append(number)
                 continue
             self._unended += 1
+            self._to_come += 1
             before = (
                 last_of_session.get(traced.session)
                 if self.settings.closed_loop and traced.session is not None
@@ -154,6 +158,9 @@ class Simulation:
         self.decide_seconds += perf_counter() - began
         if isinstance(answer, Placement):
             self._place(answer)
+        self._to_come -= 1
+        if not self._to_come and isinstance(self.router, GlobalScheduler):
+            self.hottest = self.router.hottest_prefixes()
 
     def _place(self, placement: Placement) -> None:
         flight = self.flights[int(placement.request_id)]
