@@ -17,27 +17,31 @@ from preble.sim.traces.lines import Lines
 from preble.sim.traces.trace_format import ReadingOptions, TraceFormat
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _read(lines: Lines, _: ReadingOptions) -> FileTrace:
-    records = [
-        Record(
-            time=_time(lines, row["TIMESTAMP"]),
-            prompt_tokens=integer(lines, "ContextTokens", row["ContextTokens"], least=1),
-            output_tokens=integer(lines, "GeneratedTokens", row["GeneratedTokens"], least=0),
+    records: list[Record] = []
+    began: datetime | None = None
+    for row in csv_rows(lines, COLUMNS):
+        when = _time(lines, row["TIMESTAMP"])
+        # Counted from the file's first time: since 1970, a float would not hold the microseconds.
+        began = began or when
+        records.append(
+            Record(
+                time=(when - began).total_seconds(),
+                prompt_tokens=integer(lines, "ContextTokens", row["ContextTokens"], least=1),
+                output_tokens=integer(lines, "GeneratedTokens", row["GeneratedTokens"], least=0),
+            )
         )
-        for row in csv_rows(lines, COLUMNS)
-    ]
     return separate_trace(lines, FORMAT.name, records)
 
 
-def _time(lines: Lines, text: str) -> float:
+def _time(lines: Lines, text: str) -> datetime:
     try:
         when = datetime.fromisoformat(text.strip())
     except ValueError:
         raise lines.error(f"TIMESTAMP is {text!r}, expected a time like 2024-05-10 00:00:00.009930+00:00") from None
-    return ((when if when.tzinfo else when.replace(tzinfo=UTC)) - EPOCH).total_seconds()
+    return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
 FORMAT = TraceFormat(

@@ -70,7 +70,8 @@ def seconds(lines: Lines, name: str, value: object, *, per_second: int = 1, leas
     if type(value) in (int, float) and least * per_second <= value <= LATEST * per_second:  # type: ignore[operator]
         return float(value) / per_second  # type: ignore[arg-type]
     unit = "seconds" if per_second == 1 else "milliseconds"
-    raise lines.error(f"{name} is {_shown(value)}, expected {unit}, a number from {least * per_second:g}")
+    bounds = f"{least * per_second:g} to {LATEST * per_second:g}"
+    raise lines.error(f"{name} is {_shown(value)}, expected {unit}, a number from {bounds}")
 
 
 def integers(lines: Lines, name: str, value: object) -> NDArray[np.int64]:
