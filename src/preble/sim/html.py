@@ -25,8 +25,22 @@ if TYPE_CHECKING:
 
 INK = "#010203"
 """Drawn in this colour, a part of a plot takes the colour of the page's text. No palette has it by accident."""
-COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#06b6d4", "#ca8a04", "#ec4899")
-"""Of the lines, in order: each reads on white and on near-black. After the last, they begin again dashed."""
+COLOURS = ("#3b6fd4", "#d69500", "#0f8f66", "#d670ab", "#c8471f", "#2fb0d6", INK)
+"""Of the lines, in order. They read on white and on near-black, and the colour-blind tell them apart (hues as Okabe and Ito
+chose them, 2008)."""
+DASHES = ("-", "--", ":", "-.")
+"""… and their strokes, so that neighbours differ in both and no two of 28 lines are the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What stands in a table where there is more to say than a text."""
+
+    text: str
+    note: str = ""
+    """Below it, small."""
+    best: bool = False
+    """It is marked as the best of its column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +49,7 @@ class Table:
 
     header: Sequence[str]
     """One cell per column; empty for a table without a header."""
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | Cell]]
     caption: str = ""
     left: int = 1
     """This many leading columns are aligned to the left, the others to the right."""
@@ -49,11 +63,13 @@ class Plot:
     svg: str
     """What `figure_svg` gave. It goes into the page as it is."""
     caption: str = ""
+    wide: bool = False
+    """It takes the whole width of the page; two others share it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading with text, tables and plots, in this order."""
+    """A heading with text, tables and plots, in this order. A single plot stands beside the tables if there is room."""
 
     title: str = ""
     text: str = ""
@@ -99,6 +115,8 @@ def figure_svg(figure: Figure) -> str:
     text = out.getvalue().decode()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
     svg = svg.replace(INK, "currentColor")
+    # A hundredth of a point is enough.
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
     digest = hashlib.sha256(svg.encode()).hexdigest()[:8]
     used = set(re.findall(r'<[^>]*?(?:url\(|href=")#([^)"]+)', svg))
 
@@ -125,7 +143,7 @@ def _style() -> dict[str, Any]:
         "axes.spines.right": False,
         "axes.grid": True,
         "axes.axisbelow": True,
-        "axes.prop_cycle": cycler(linestyle=["-", "--"]) * cycler(color=COLOURS),
+        "axes.prop_cycle": cycler(color=COLOURS * len(DASHES)) + cycler(linestyle=DASHES * len(COLOURS)),
         "grid.color": INK,
         "grid.alpha": 0.13,
         "xtick.color": INK,
