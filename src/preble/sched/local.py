@@ -28,7 +28,7 @@ MOST_PASSED = 32
 LOOKS = 16
 """How many waiting requests a step looks up again when the cache has changed."""
 PATIENCE = 8
-"""Steps until the next in line, for whom the pages did not suffice, is looked at again, if meanwhile nobody came or left:
+"""Steps until the next in line, for whom the pages did not suffice, is looked at again, if nobody came or left meanwhile:
 by then the others have grown, and the forecast of what they will need has changed a little."""
 
 
@@ -212,14 +212,19 @@ class LocalScheduler:
     def decode_steps(self) -> int:
         """For how many steps, at least, every running request just decodes and nobody is admitted or preempted, were
         none of them to end: what `leap` may skip. 0 where that is not known."""
-        running = self.running
-        if not running or (self.waiting and not self._patience and len(running) < self.max_running):
-            return 0
-        if any(one.remaining != 1 or one.in_flight for one in running):
+        running, cache = self.running, self.cache
+        if not running or any(one.remaining != 1 or one.in_flight for one in running):
             return 0
         steps = min([one.max_length - one.length for one in running])
-        steps = min(steps, self.page_size * (self.cache.available // len(running)))
-        return min(steps, self._patience) if self.waiting and len(running) < self.max_running else steps
+        pages = cache.available
+        if self.waiting:
+            if self._patience:
+                steps = min(steps, self._patience)
+            elif len(running) < self.max_running or self._to_look_up or self._round_version != cache.version:
+                return 0
+            else:
+                pages = cache.pool.free  # an eviction would be a reason to look up those who wait
+        return min(steps, self.page_size * (pages // len(running)))
 
     def leap(self, steps: int, tokens: Iterable[int]) -> None:
         """Do in one go what `steps` times `plan` and `commit` would, at most `decode_steps()`: for simulations.

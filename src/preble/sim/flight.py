@@ -12,7 +12,8 @@ OUTPUT_TOKEN = 2**31 - 1
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """One request, from its arrival to its end. Times are seconds on the virtual clock, NaN where it did not come to that."""
+    """One request, from its arrival to its end. Times are seconds since the first arrival of the trace, NaN for what
+    did not happen."""
 
     number: int
     """Position in the trace."""
@@ -34,11 +35,11 @@ class Flight:
     cached_tokens: int = 0
     """Prompt tokens found in the cache at its first admission."""
     computed_tokens: int = 0
-    """Tokens of prompt and output computed before they were decoded, those computed again after a preemption or a failure
-    included."""
+    """Tokens that went through the model but for those decoded: of the prompt, and after a preemption or a failure once
+    more, those of the output too."""
     preemptions: int = 0
     moves: int = 0
-    """How often it had to leave a replica that failed."""
+    """How often it was lost with a replica that failed, and placed anew."""
 
     @property
     def request_id(self) -> str:

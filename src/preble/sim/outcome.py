@@ -45,23 +45,25 @@ class Outcome:
     queueing: Array
     """From arrival until a replica began to compute it."""
     prompt_tokens: NDArray[np.int64]
+    """Of each request."""
     cached_tokens: NDArray[np.int64]
     """… found in the cache."""
     computed_tokens: NDArray[np.int64]
-    """… and computed, again after preemptions and failures included."""
+    """… and tokens computed but for those decoded: the rest of the prompt, and what was computed once more after
+    preemptions and failures."""
     replica: NDArray[np.int64]
     """Where it ended."""
     reasons: dict[str, int]
     """How many were placed by which rule."""
     recomputed_tokens: int
-    """Prompt tokens computed that some replica had computed for an earlier request: what an endless shared cache would have
-    saved."""
+    """Prompt tokens computed that some replica had computed for an earlier request: what an endless cache that all
+    share would have saved."""
     evicted_tokens: int
     preemptions: int
     moves: int
-    """Requests that left a replica which failed."""
+    """How often a request was lost with a replica that failed, and placed anew."""
     busy_seconds: Array
-    """[replicas] in which it was computing."""
+    """float64 [replicas]: in which it was computing."""
     makespan: float
     """From the first arrival to the last end."""
     samples: Samples

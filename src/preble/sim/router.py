@@ -10,10 +10,11 @@ from preble.sched.placement import Placement, Waiting
 
 
 class Router(Protocol):
-    """The part of `GlobalScheduler` that a simulation uses. The routers of others can be put behind it, to be measured."""
+    """The part of `GlobalScheduler` that a simulation uses. Routers of others can be put behind it, to be measured."""
 
     @property
-    def policy_name(self) -> str: ...
+    def policy_name(self) -> str:
+        """What outcomes call it."""
 
     def submit(
         self, request_id: str, token_ids: Tokens, *, now: float, max_tokens: int, session: str | None
@@ -21,5 +22,5 @@ class Router(Protocol):
         """Place a request, or let it wait: then a later `apply` returns its placement."""
 
     def apply(self, event: Event, *, now: float) -> list[Placement]:
-        """Take in what a replica reports; returns the placements that this made possible. After `ReplicaDown` these are, if
-        not at once then with a later event, those of all requests that were in flight there."""
+        """Take in what a replica reports; returns the placements that this made possible. After `ReplicaDown` these are
+        those of all requests that were in flight there, if not at once then with a later event."""

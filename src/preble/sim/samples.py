@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from preble.sim.replica import SimulatedReplica
 
+MOST = 400
+"""Looks kept. When there are more, every second one is dropped, and the time from one to the next doubles."""
+
+
+class Look(NamedTuple):
+    """One replica at one time. What is counted is counted since the start."""
+
+    running: int
+    waiting: int
+    busy_seconds: float
+    prompt_tokens: int
+    """Of the requests admitted."""
+    cached_tokens: int
+    """… found in its cache."""
+
 
 class Samples:
-    """A row per look."""
+    """Looks at all replicas, evenly spread over a run however long that takes.
 
-    def __init__(self, replicas: int) -> None:
+    Args:
+        replicas: how many there are.
+        every: seconds from one look to the next at first.
+    """
+
+    def __init__(self, replicas: int, every: float) -> None:
+        self.every = every
         self._replicas = replicas
         self._times: list[float] = []
-        self._rows: list[list[tuple[int, int, float, int, int]]] = []
+        self._looks: list[list[Look]] = []
 
     def take(self, now: float, replicas: Sequence[SimulatedReplica]) -> None:
         """Look at all replicas."""
         self._times.append(now)
-        self._rows.append(
+        self._looks.append(
             [
-                (
+                Look(
                     len(one.local.running),
                     len(one.local.waiting),
                     one.busy_seconds,
@@ -33,15 +55,16 @@ class Samples:
                 for one in replicas
             ]
         )
+        if len(self._times) > MOST:
+            del self._times[::2], self._looks[::2]
+            self.every *= 2
 
     @property
     def times(self) -> NDArray[np.float64]:
-        """[samples] seconds."""
+        """float64 [looks]: seconds since the start, rising."""
         return np.array(self._times)
 
     def column(self, name: str) -> NDArray[np.float64]:
-        """[samples, replicas]: `running` and `waiting` requests, and `busy_seconds`, `prompt_tokens`, `cached_tokens` since
-        the start."""
-        at = ("running", "waiting", "busy_seconds", "prompt_tokens", "cached_tokens").index(name)
-        table = np.array(self._rows, np.float64).reshape(len(self._rows), self._replicas, 5)
-        return table[:, :, at]
+        """float64 [looks, replicas]: a field of `Look`."""
+        table = np.array(self._looks, np.float64).reshape(len(self._looks), self._replicas, len(Look._fields))
+        return table[:, :, Look._fields.index(name)]

@@ -17,9 +17,11 @@ KV_TOKENS = {
     "llama-3-70b-2xh100": 100_000,
     "generic": 400_000,
 }
-"""Tokens that the KV pages of one replica hold where nobody says otherwise. The first is what the paper's authors used. The
-second is what 80 GB leave beside the weights, at 128 KiB a token. Beside 141 GB of 16-bit weights, 2 x 80 GB leave room for a
-few tens of thousands; the 100,000 assume 8-bit KV."""
+"""Tokens that the KV pages of one replica hold where nobody says otherwise. The first is what the paper's authors used.
+The second is what 80 GB leave beside the weights, at 128 KiB a token. Beside 141 GB of 16-bit weights, 2 x 80 GB leave
+room for a few tens of thousands; the 100,000 assume 8-bit KV."""
+OTHER_KV_TOKENS = 200_000
+"""… of a replica whose cost model is not among these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,11 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One fleet and its ways. Everything but the trace and the policy."""
+    """One fleet and its ways. Everything but the trace and the policy.
+
+    Raises:
+        InvalidRequest: a value is out of its range, or there is no such cost model.
+    """
 
     replicas: int = 4
     cost: str | CostModel = "generic"
@@ -58,18 +64,21 @@ class Settings:
     believed_cost: str | CostModel | None = None
     """What the schedulers think at first that steps take, if that is not the truth."""
     capacity_tokens: int | None = None
-    """Tokens that the KV pages of a replica hold; by default as `KV_TOKENS` says, 200,000 for other models."""
+    """Tokens that the KV pages of a replica hold; by default as `KV_TOKENS` says for the cost model."""
     page_size: int = 64
+    """Tokens in a page; whole pages are shared."""
     max_batched_tokens: int = 2048
     """Tokens that one step computes at most."""
     max_running: int = 256
+    """Requests that one step works on at most."""
     order: str = "hrrn"
     """Of the requests that wait at a replica (`preble.sched.orders`)."""
     closed_loop: bool = False
-    """A session's next request is sent its think time after the one before has ended, instead of at its time in the trace."""
+    """A session's next request is sent its think time after the one before has ended, not at its time in the trace."""
     event_delay: float = 0.0
     """Seconds until the global scheduler hears what happened at a replica."""
     failures: tuple[Failure, ...] = ()
+    """Replicas that are lost."""
     slowness: tuple[float, ...] = ()
     """Per replica, from the first on: its steps take so many times as long; 1 for those not named."""
     max_tokens: int = 4096
@@ -77,6 +86,7 @@ class Settings:
     leap_seconds: float = 0.2
     """Runs of steps that only decode are reported at least so often; 0 reports each."""
     seed: int = 0
+    """Of the lots drawn between replicas that are equal."""
 
     def __post_init__(self) -> None:
         positive = {
@@ -96,6 +106,8 @@ class Settings:
                 raise InvalidRequest(
                     f"there is no replica {failure.replica} to fail; there are {self.replicas}, from 0"
                 )
+            if not (0 <= failure.at < float("inf") and failure.seconds >= 0):
+                raise InvalidRequest(f"a failure is at a time from 0 on, and lasts 0 seconds or more: {failure}")
         if len(self.slowness) > self.replicas or not all(0 < one < float("inf") for one in self.slowness):
             raise InvalidRequest(
                 f"slowness must be a positive number for each of {self.replicas} replicas at most: {self.slowness}"
@@ -115,7 +127,7 @@ class Settings:
     @property
     def kv_tokens(self) -> int:
         """Tokens that the KV pages of a replica hold."""
-        return self.capacity_tokens or KV_TOKENS.get(self.cost_model.name, 200_000)
+        return self.capacity_tokens or KV_TOKENS.get(self.cost_model.name, OTHER_KV_TOKENS)
 
     def to_dict(self) -> dict[str, Any]:
         """In types that JSON knows."""

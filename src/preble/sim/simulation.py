@@ -8,6 +8,7 @@ from itertools import count
 from time import perf_counter
 from typing import Any, TypeAlias
 
+from preble.errors import PrebleError
 from preble.sched.cost import CostModel
 from preble.sched.cost_fit import FittedCost
 from preble.sched.cost_presets import make_cost
@@ -25,8 +26,10 @@ from preble.sim.settings import Failure, Settings
 from preble.sim.slow_cost import SlowCost
 from preble.sim.trace import Trace
 
-SAMPLES = 200
-"""Times at which a run looks at its replicas, over the trace's duration."""
+LOOKS = 200
+"""Into how many parts a run's looks at its replicas divide the time of its arrivals."""
+SHORTEST_LOOK = 0.05
+"""Seconds between two of them at least."""
 
 Action: TypeAlias = Callable[[Any], None]
 
@@ -34,20 +37,24 @@ Action: TypeAlias = Callable[[Any], None]
 class Simulation:
     """One trace under one policy.
 
-    The global scheduler, the local schedulers, their page pools and prefix caches are the production code. What is pretended:
-    time, the tokens themselves, and what a step takes. The schedulers are told neither how long answers are nor, if
-    `Settings.believed_cost` says so, what steps really take.
+    The global scheduler, the local schedulers, their page pools and prefix caches are the production code. What is
+    pretended: time, the tokens themselves, and what a step takes. The schedulers are told neither how long answers are
+    nor, if `Settings.believed_cost` says so, what steps really take.
+
+    A replica that fails loses its pages and its requests at once, those that are sent to it while it is down too. The
+    global scheduler hears of it as late as of everything else (`Settings.event_delay`), and so of its return, from
+    which on the replica takes requests again. A failure of a replica that is down does nothing.
 
     Everything that happens is a function of trace, settings and policy; only `decide_seconds` is not.
 
     Args:
         trace: the requests. Those that no replica can hold (`Settings.kv_tokens`) are left out, see `refused`.
         settings: the fleet.
-        policy: name of a policy, or a policy; a `Router` takes the place of the whole global scheduler.
+        policy: name of a policy, or a fresh policy; a `Router` takes the place of the whole global scheduler.
         advance: called whenever a request has ended.
 
     Raises:
-        InvalidRequest: there is no such policy or order.
+        InvalidRequest: there is no such policy, order or cost model.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class Simulation:
         self.trace = trace
         self.settings = settings
         self.now = 0.0
+        """Seconds since the first arrival."""
         self.decide_seconds = 0.0
         """Real seconds that the global scheduler took, for decisions and for events."""
         self.flights: list[Flight] = []
@@ -69,84 +77,67 @@ class Simulation:
         """Positions in the trace of requests that are longer than a replica's pages hold."""
         self.hottest: list[HotPrefix] = []
         """Of the prefix tree at the last arrival; none where others than a `GlobalScheduler` decide."""
-        cost, capacity = settings.cost_model, settings.kv_tokens
-        believed = cost if settings.believed_cost is None else make_cost(settings.believed_cost)
-        self.router: Router = (
-            policy if not isinstance(policy, str | Policy) else _make_scheduler(settings, policy, believed)
-        )
-        self.replicas = [
-            SimulatedReplica(
-                LocalScheduler(
-                    pages=capacity // settings.page_size,
-                    page_size=settings.page_size,
-                    max_batched_tokens=settings.max_batched_tokens,
-                    max_running=settings.max_running,
-                    replica=number,
-                    order=settings.order,
-                    cost=FittedCost(believed) if settings.believed_cost is not None else true_cost,
-                ),
-                true_cost,
-                leap_seconds=settings.leap_seconds,
-            )
-            for number, true_cost in enumerate(_costs(cost, settings))
-        ]
-        self.samples = Samples(len(self.replicas))
+        self.router: Router = policy if not isinstance(policy, str | Policy) else _make_scheduler(settings, policy)
+        self.replicas = [_make_replica(settings, number) for number in range(settings.replicas)]
+        self.samples = Samples(len(self.replicas), max(trace.duration / LOOKS, SHORTEST_LOOK))
         self._advance = advance
         self._agenda: list[tuple[float, int, Action, Any]] = []
         self._serials = count()
         self._up = [True] * len(self.replicas)
+        self._known_down: set[int] = set()
+        """Replicas of which the router has heard that they are down."""
         self._lives = [0] * len(self.replicas)
         """How often each replica failed: a step of an earlier life never ends."""
-        self._due: list[float] = [0.0] * len(self.replicas)
+        self._due = [0.0] * len(self.replicas)
         """When the present step of each replica ends."""
         self._followers: dict[int, int] = {}
         """In a closed loop: position of a request -> that of the session's next one."""
         self._unended = self._to_come = 0
-        self._schedule_arrivals(capacity)
+        for failure in settings.failures:
+            self._at(failure.at, self._fail, failure)
+        self._schedule_arrivals()
+        self._at(self.samples.every, self._look, None)
 
     def run(self) -> None:
-        """Until every request has ended."""
+        """Until every request has ended, or all replicas are down for good.
+
+        Raises:
+            PrebleError: the policy leaves requests waiting for ever, or a router does what none may do.
+        """
         agenda = self._agenda
         while self._unended and agenda:
             self.now, _, action, subject = heapq.heappop(agenda)
             action(subject)
-        if self._unended and any(self._up):  # the very thing that must not happen
-            raise AssertionError(f"{self._unended} requests never ended")
+        if self._unended and any(self._up):
+            raise PrebleError(
+                f"policy {self.router.policy_name!r} left {self._unended} of {len(self.flights)} requests waiting, "
+                f"although nothing happens any more, at {self.now:.3f} s"
+            )
 
     # Arrivals
 
-    def _schedule_arrivals(self, capacity: int) -> None:
+    def _schedule_arrivals(self) -> None:
+        settings, requests = self.settings, self.trace.requests
+        usable = settings.kv_tokens // settings.page_size * settings.page_size
         last_of_session: dict[str, int] = {}
-        usable = capacity // self.settings.page_size * self.settings.page_size
-        start = self.trace.requests[0].arrival if self.trace.requests else 0.0
-        for number, traced in enumerate(self.trace.requests):
-            limit = usable - traced.prompt_tokens
-            flight = Flight(
-                number, traced, max(min(limit, self.settings.max_tokens), traced.output_tokens), traced.arrival - start
-            )
+        for number, traced in enumerate(requests):
+            room = usable - traced.prompt_tokens
+            max_tokens = max(min(room, settings.max_tokens), traced.output_tokens)
+            flight = Flight(number, traced, max_tokens, traced.arrival - requests[0].arrival)
             self.flights.append(flight)
-            if traced.output_tokens > limit:
+            if traced.output_tokens > room:
                 self.refused.append(number)
                 continue
             self._unended += 1
             self._to_come += 1
-            before = (
-                last_of_session.get(traced.session)
-                if self.settings.closed_loop and traced.session is not None
-                else None
-            )
+            before = None
+            if settings.closed_loop and traced.session is not None:
+                before = last_of_session.get(traced.session)
+                last_of_session[traced.session] = number
             if before is None:
                 self._at(flight.arrived, self._arrive, flight)
             else:
                 self._followers[before] = number
-            if traced.session is not None:
-                last_of_session[traced.session] = number
-        for failure in self.settings.failures:
-            self._at(failure.at, self._fail, failure)
-        duration = self.trace.duration
-        if duration > 0:
-            for number in range(1, SAMPLES + 1):
-                self._at(duration * number / SAMPLES, self._sample, None)
 
     def _arrive(self, flight: Flight) -> None:
         flight.arrived = self.now
@@ -157,24 +148,35 @@ class Simulation:
         )
         self.decide_seconds += perf_counter() - began
         if isinstance(answer, Placement):
-            self._place(answer)
+            self._place([answer])
         self._to_come -= 1
         if not self._to_come and isinstance(self.router, GlobalScheduler):
             self.hottest = self.router.hottest_prefixes()
 
-    def _place(self, placement: Placement) -> None:
-        flight = self.flights[int(placement.request_id)]
-        if flight.placed != flight.placed:
-            flight.placed = self.now
-        flight.replica = placement.replica
-        flight.reason = placement.reason
-        replica = self.replicas[placement.replica]
-        replica.receive(flight, self.trace.tokens(flight.traced))
-        if not replica.working:
-            self._begin(replica)
-        else:
-            earlier = replica.interrupt(self.now)
-            if earlier is not None:
+    def _place(self, placements: Iterable[Placement]) -> None:
+        chosen: dict[int, SimulatedReplica] = {}
+        for placement in placements:
+            number = placement.replica
+            if not 0 <= number < len(self.replicas) or number in self._known_down:
+                state = "is down" if number in self._known_down else "does not exist"
+                raise PrebleError(
+                    f"policy {self.router.policy_name!r} placed request {placement.request_id} on replica {number}, "
+                    f"which {state}"
+                )
+            flight = self.flights[int(placement.request_id)]
+            if flight.placed != flight.placed:
+                flight.placed = self.now
+            flight.replica = number
+            flight.reason = placement.reason
+            if self._up[number]:
+                self.replicas[number].receive(flight, self.trace.tokens(flight.traced))
+                chosen[number] = self.replicas[number]
+            else:
+                flight.moves += 1
+        for replica in chosen.values():
+            if not replica.working:
+                self._begin(replica)
+            elif (earlier := replica.interrupt(self.now)) is not None:
                 self._end_at(replica, earlier)
 
     # Steps
@@ -196,10 +198,7 @@ class Simulation:
         events, ended = replica.finish(self.now)
         for flight in ended:
             self._ended(flight)
-        if self.settings.event_delay:
-            self._at(self.now + self.settings.event_delay, self._report, events)
-        else:
-            self._report(events)
+        self._tell(events)
         if not replica.working:
             self._begin(replica)
 
@@ -211,55 +210,86 @@ class Simulation:
             after = self.flights[follower]
             self._at(self.now + after.traced.think, self._arrive, after)
 
-    def _report(self, events: Iterable[Event]) -> None:
+    # The global scheduler
+
+    def _tell(self, events: Iterable[Event]) -> None:
+        """It will hear of these events, in the order of the calls."""
+        if self.settings.event_delay:
+            self._at(self.now + self.settings.event_delay, self._apply, events)
+        else:
+            self._apply(events)
+
+    def _apply(self, events: Iterable[Event]) -> None:
         apply, now = self.router.apply, self.now
         placements: list[Placement] = []
         began = perf_counter()
         for event in events:
             placements += apply(event, now=now)
         self.decide_seconds += perf_counter() - began
-        for placement in placements:
-            self._place(placement)
+        self._place(placements)
 
     # Failures
 
     def _fail(self, failure: Failure) -> None:
-        replica = self.replicas[failure.replica]
-        if not self._up[failure.replica]:
+        number = failure.replica
+        if not self._up[number]:
             return
-        self._up[failure.replica] = False
-        self._lives[failure.replica] += 1
-        for flight in replica.lose():
+        self._up[number] = False
+        self._lives[number] += 1
+        events, lost = self.replicas[number].fail(self.now)
+        for flight in lost:
             flight.moves += 1
-        self._report([ReplicaDown(failure.replica)])
+        self._tell(events)
+        self._at(self.now + self.settings.event_delay, self._hear_of_failure, number)
         if failure.seconds < float("inf"):
-            self._at(self.now + failure.seconds, self._recover, failure.replica)
+            self._at(self.now + failure.seconds + self.settings.event_delay, self._recover, number)
+
+    def _hear_of_failure(self, number: int) -> None:
+        self._known_down.add(number)
+        self._apply([ReplicaDown(number)])
 
     def _recover(self, number: int) -> None:
         self._up[number] = True
-        self._report([ReplicaUp(number, self.replicas[number].cache_events)])
+        self._known_down.discard(number)
+        self._apply([ReplicaUp(number, self.replicas[number].cache_events)])
 
-    # Time
+    # Looking on
 
-    def _sample(self, _: None) -> None:
+    def _look(self, _: None) -> None:
         self.samples.take(self.now, self.replicas)
+        if self._agenda:  # or nothing will ever happen again
+            self._at(self.now + self.samples.every, self._look, None)
 
     def _at(self, time: float, action: Action, subject: Any) -> None:
         heapq.heappush(self._agenda, (time, next(self._serials), action, subject))
 
 
-def _make_scheduler(settings: Settings, policy: str | Policy, believed: CostModel) -> GlobalScheduler:
+def _make_scheduler(settings: Settings, policy: str | Policy) -> GlobalScheduler:
     return GlobalScheduler(
         settings.replicas,
         capacity_tokens=settings.kv_tokens,
         page_size=settings.page_size,
         max_batched_tokens=settings.max_batched_tokens,
         policy=policy,
-        cost=believed,
+        cost=_believed_cost(settings),
         seed=settings.seed,
     )
 
 
-def _costs(cost: CostModel, settings: Settings) -> list[CostModel]:
-    factors = [*settings.slowness, *[1.0] * (settings.replicas - len(settings.slowness))]
-    return [cost if factor == 1.0 else SlowCost(cost, factor) for factor in factors]
+def _make_replica(settings: Settings, number: int) -> SimulatedReplica:
+    factor = settings.slowness[number] if number < len(settings.slowness) else 1.0
+    cost = settings.cost_model if factor == 1.0 else SlowCost(settings.cost_model, factor)
+    local = LocalScheduler(
+        pages=settings.kv_tokens // settings.page_size,
+        page_size=settings.page_size,
+        max_batched_tokens=settings.max_batched_tokens,
+        max_running=settings.max_running,
+        replica=number,
+        order=settings.order,
+        cost=cost if settings.believed_cost is None else FittedCost(_believed_cost(settings)),
+    )
+    return SimulatedReplica(local, cost, leap_seconds=settings.leap_seconds)
+
+
+def _believed_cost(settings: Settings) -> CostModel:
+    return settings.cost_model if settings.believed_cost is None else make_cost(settings.believed_cost)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from preble.errors import InvalidRequest
 from preble.sched.hashing import Tokens
+from preble.sched.radix import Node, RadixTree
 
 Blocks = NDArray[np.int32]
 
@@ -26,8 +27,8 @@ class TracedRequest:
     """How many tokens it generates, at least 1."""
     blocks: Blocks
     """int32 [ceil(prompt_tokens / block size)], none negative: two prompts share as many tokens as their leading blocks
-    are equal. So, but where a block is one token, a number stands for the block and all before it. The last block may be partial;
-    then its number must occur in no prompt of different length."""
+    are equal. So, but where a block is one token, a number stands for the block and all before it. The last block may
+    be partial; then its number must occur in no prompt of different length."""
     session: str | None = None
     """The conversation or agent it belongs to. Its requests follow each other in the order of the trace."""
     think: float = 0.0
@@ -55,15 +56,15 @@ class Trace:
 
     @cached_property
     def known_tokens(self) -> NDArray[np.int64]:
-        """[requests]: tokens in the longest prefix shared with a request before it, whole blocks, the prompt's last token
-        never counted: what a cache without end would have."""
-        seen: set[int] = set()
+        """int64 [requests]: tokens in the longest prefix shared with a request before it, whole blocks, the prompt's
+        last token never counted: what a cache without end would have."""
+        tree = RadixTree(Node, page_size=1)  # a block of the trace is a token of the tree
         known = np.zeros(len(self.requests), np.int64)
         for number, request in enumerate(self.requests):
-            blocks = request.blocks.tolist()
-            shared = next((count for count, block in enumerate(blocks) if block not in seen), len(blocks))
+            node, shared = tree.match("", request.blocks)
             known[number] = min(shared * self.block_size, request.prompt_tokens - 1)
-            seen.update(blocks[shared:])
+            if shared < len(request.blocks):
+                tree.extend(node if shared == node.end else tree.split(node, shared), request.blocks)
         return known
 
     def tokens(self, request: TracedRequest) -> Tokens:
