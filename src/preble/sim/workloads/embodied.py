@@ -11,7 +11,7 @@ from preble.sim.workloads.prompts import Segment
 from preble.sim.workloads.sessions import Session
 from preble.sim.workloads.workload import Means, Workload
 
-EXAMPLES = Skewed(1_760, 0.15, 1_000, 3_000)
+EXAMPLES = Skewed(1_785, 0.15, 1_000, 3_000)
 EPISODE = Conversation(
     opening=Skewed(110, 0.3, 40, 300),
     answer=Skewed(16, 0.6, 3, 120),

@@ -9,8 +9,8 @@ from preble.sim.workloads.prompts import Segment
 from preble.sim.workloads.sessions import Session, Turn
 from preble.sim.workloads.workload import Means, Workload
 
-EXAMPLES = Segment("examples", 2_350)
-PROBLEM = Skewed(1_521, 0.75, 150, 8_000)
+EXAMPLES = Segment("examples", 2_310)
+PROBLEM = Skewed(1_561, 0.75, 150, 8_000)
 PROGRAM = Skewed(190, 0.8, 10, 1_500)
 SAMPLES = 4.0
 MOST_SAMPLES = 20

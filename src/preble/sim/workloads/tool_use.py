@@ -14,7 +14,7 @@ from preble.sim.workloads.sessions import Session
 from preble.sim.workloads.workload import Means, Workload
 
 SYSTEM = Segment("system", 300)
-SETS_PER_TOOL = 14
+SETS_PER_TOOL = 13
 """Tool sets that begin with the same tool: its description, then the functions picked from it."""
 TOOL = Skewed(940, 0.4, 350, 4_000)
 FUNCTIONS = Skewed(150, 0.6, 20, 600)
