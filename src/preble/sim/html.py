@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 INK = "#010203"
 """Drawn in this colour, a part of a plot takes the colour of the page's text. No palette has it by accident."""
 COLOURS = ("#3b6fd4", "#d69500", "#0f8f66", "#d670ab", "#c8471f", "#2fb0d6", INK)
-"""Of the lines, in order. They read on white and on near-black, and the colour-blind tell them apart (hues after Okabe and
-Ito, 2008)."""
+"""Of the lines, in order. They read on white and on near-black, and the colour-blind tell them apart: hues near
+those of Okabe and Ito (2008)."""
 DASHES = ("-", "--", ":", "-.")
 """… and their strokes, so that neighbours differ in both and no two of 28 lines are the same."""
 
