@@ -110,7 +110,8 @@ def test_token_ids_that_fit_no_int32_are_named(tmp_path: Path) -> None:
 
 
 def test_what_is_no_trace_is_told_what_traces_look_like(tmp_path: Path) -> None:
-    for line in ('{"kind": "texts"}', "a,b,c", "some words", '"unclosed', "[1]"):
+    json_names_in_csv = "timestamp,input_length,output_length,hash_ids"
+    for line in ('{"kind": "texts"}', "a,b,c", json_names_in_csv, "some words", '"unclosed', "[1]"):
         with pytest.raises(InvalidRequest, match=r"line 1: .* begins no trace format") as caught:
             read_trace(saved(tmp_path, [line]))
         for one in FORMATS.values():

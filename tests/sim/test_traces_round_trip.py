@@ -144,6 +144,7 @@ def test_a_written_trace_keeps_times_sessions_and_think_times(drawn: list[Traced
         assert path.read_bytes() == first
         back = read_trace(path)
     assert (first[:2] == b"\x1f\x8b") == name.endswith(".gz")
+    assert not name.endswith(".gz") or first[4:8] == bytes(4), "no time of writing"
     for one, other in zip(ordered, back.requests, strict=True):
         assert other.arrival == one.arrival - ordered[0].arrival
         assert (other.output_tokens, other.session) == (one.output_tokens, one.session)
