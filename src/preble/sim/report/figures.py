@@ -1,0 +1,80 @@
+"""What the plots of a report have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from math import ceil, log10
+from typing import TYPE_CHECKING
+
+from preble.sim.html import INK, plot_style
+from preble.sim.settings import Failure
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 6.4
+"""Inches of a plot that shares the width of the page with another."""
+FULL_WIDTH = 12.8
+"""… of one that has it all."""
+LEGEND_ROW = 0.22
+"""Inches."""
+
+
+@contextmanager
+def new_figure(width: float, height: float, legend: Sequence[str] = ()) -> Iterator[Figure]:
+    """An empty figure in the style of reports, which has room for a legend below plots of that height."""
+    from matplotlib.figure import Figure
+
+    rows = ceil(len(legend) / legend_columns(width, legend)) if legend else 0
+    with plot_style():
+        yield Figure(figsize=(width, height + LEGEND_ROW * rows))
+
+
+def legend_columns(width: float, labels: Sequence[str]) -> int:
+    """How many entries of a legend stand side by side in so many inches."""
+    widest = 0.75 + 0.085 * max(map(len, labels), default=0)
+    return max(1, min(int(width / widest), len(labels)))
+
+
+def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    """Name lines below the plots, where they cover nothing."""
+    columns = legend_columns(figure.get_figwidth(), labels)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.8)
+
+
+def mark_failures(axes: Axes, failures: Iterable[Failure]) -> None:
+    """A line at each time at which a replica is lost."""
+    for at in sorted({failure.at for failure in failures}):
+        vertical_line(axes, at)
+
+
+def vertical_line(axes: Axes, at: float) -> None:
+    axes.axvline(at, color=INK, linestyle=":", linewidth=1.0, alpha=0.7)
+
+
+def log_axis(axes: Axes, label: str) -> None:
+    """A logarithmic horizontal axis with plain numbers: 0.05 rather than 5 x 10^-2."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    if high < 2 * low:  # or there might be no round number between them
+        low, high = low / 1.5, high * 1.5
+        axes.set_xlim(low, high)
+    decades = log10(high / low)
+    places = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0, 3.0) if decades < 4 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=places))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(label)
+
+
+def time_axis(axes: Axes, end: float) -> None:
+    """A horizontal axis from 0 to so many seconds."""
+    axes.set_xlim(0, end)
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.set_xlabel("seconds since the first arrival")

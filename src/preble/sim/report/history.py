@@ -1,0 +1,73 @@
+"""How runs went over time, one line per policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from preble.sim.html import Plot, figure_svg
+from preble.sim.outcome import Array, Outcome
+from preble.sim.report.figures import WIDTH, legend_below, mark_failures, new_figure, time_axis
+
+PARTS = 20
+"""A share is a mean over the last one of so many parts of the time shown."""
+
+
+def history_plots(runs: Mapping[str, Outcome]) -> list[Plot]:
+    """None if no run was looked at."""
+    if not any(len(run.samples.times) for run in runs.values()):
+        return []
+    return [
+        _plot(runs, "Hit rate", "cached share of the prompt tokens", hit_rate, share=True),
+        _plot(runs, "Busy share", "share of the replicas' time", busy_share, share=True),
+        _plot(runs, "Requests in the system", "arrived, and not ended yet", in_system, share=False),
+    ]
+
+
+def hit_rate(run: Outcome) -> Array:
+    """[looks]: of the prompts that replicas began to compute not long before; NaN where there were none."""
+    cached, prompts = (recent(run.samples.column(name).sum(axis=1)) for name in ("cached_tokens", "prompt_tokens"))
+    rate: Array = np.divide(cached, prompts, out=np.full(len(prompts), np.nan), where=prompts > 0)
+    return rate
+
+
+def busy_share(run: Outcome) -> Array:
+    """[looks]: of the time not long before and of all replicas. A step counts when it ends, so it must be cut to 1."""
+    seconds = recent(run.samples.times) * run.settings.replicas
+    busy = recent(run.samples.column("busy_seconds").sum(axis=1))
+    return np.minimum(np.divide(busy, seconds, out=np.zeros(len(seconds)), where=seconds > 0), 1.0)
+
+
+def in_system(run: Outcome) -> Array:
+    """[looks]: requests that had arrived and had not ended, but for those that never did."""
+    times = run.samples.times
+    arrived, ended = np.sort(run.arrived), np.sort(run.arrived + run.e2e)
+    return (np.searchsorted(arrived, times, "right") - np.searchsorted(ended, times, "right")).astype(np.float64)
+
+
+def recent(total: Array) -> Array:
+    """[looks]: by how much a running total grew in the `PARTS`th part of the looks before each."""
+    back = max(1, len(total) // PARTS)
+    return total - np.concatenate((np.zeros(min(back, len(total))), total[:-back]))
+
+
+def _plot(
+    runs: Mapping[str, Outcome], title: str, label: str, values: Callable[[Outcome], Array], *, share: bool
+) -> Plot:
+    labels = list(runs)
+    with new_figure(WIDTH, 3.2, labels) as figure:
+        axes = figure.add_subplot()
+        for run in runs.values():
+            axes.plot(run.samples.times, values(run))
+        lines = axes.get_lines()
+        mark_failures(axes, (failure for run in runs.values() for failure in run.settings.failures))
+        time_axis(axes, max(run.samples.times[-1] for run in runs.values() if len(run.samples.times)))
+        axes.set_ylabel(label)
+        if share:
+            axes.set_ylim(0, 1.01)
+            axes.yaxis.set_major_formatter("{x:.0%}")
+        else:
+            axes.set_ylim(bottom=0)
+        legend_below(figure, lines, labels)
+    return Plot(title, figure_svg(figure))
