@@ -62,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
     tokenize = None if args.tokenizer is None else _tokenizer(args.tokenizer)
     trace = read_trace(args.file, format=args.format, tokenize=tokenize, progress=True)
     if trace.left_out:
-        note(f"left out: {trace.left_out:,} requests that failed when they were recorded")
+        note(f"requests left out because they failed when they were recorded: {trace.left_out:,}")
     if trace.without_output:
-        note(f"{trace.without_output:,} requests generated nothing; they count as generating one token")
+        note(f"requests that generated nothing and count as generating one token: {trace.without_output:,}")
     result = study(trace if args.requests is None else trace.first(args.requests))
     _print(Console(), result)
     if args.json is not None:
@@ -132,5 +132,5 @@ def _rich(table: Table) -> RichTable:
         heading = table.header[number] if table.header else ""
         view.add_column(heading, justify="left" if number < table.left else "right", no_wrap=True)
     for row in table.rows:
-        view.add_row(*row)
+        view.add_row(*(cell if isinstance(cell, str) else cell.text for cell in row))
     return view
