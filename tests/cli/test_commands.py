@@ -47,11 +47,26 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 def test_the_commands_are_those_of_the_documentation() -> None:
     assert set(commands()) == {
         f"preble{name}"
-        for name in ("", " demo", " generate", " chat", " bench", " bench engine", " bench gpu", " bench sched")
+        for name in (
+            "",
+            " demo",
+            " generate",
+            " chat",
+            " sim",
+            " study",
+            " plan",
+            " bench",
+            " bench engine",
+            " bench gpu",
+            " bench sched",
+        )
     }
 
 
-@pytest.mark.parametrize("name", ["", "demo", "generate", "chat", "bench", "bench engine", "bench gpu", "bench sched"])
+@pytest.mark.parametrize(
+    "name",
+    ["", "demo", "generate", "chat", "sim", "study", "plan", "bench", "bench engine", "bench gpu", "bench sched"],
+)
 def test_help_says_what_everything_means(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([*name.split(), "--help"])
@@ -69,7 +84,7 @@ def test_help_says_what_everything_means(name: str, capsys: pytest.CaptureFixtur
             assert all(option in shown for option in action.option_strings)
 
 
-@pytest.mark.parametrize("name", ["demo", "generate", "chat"])
+@pytest.mark.parametrize("name", ["demo", "generate", "chat", "sim", "study", "plan"])
 def test_help_tells_every_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([name, "--help"])

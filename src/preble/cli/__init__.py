@@ -1,4 +1,4 @@
-"""The command line: `python -m preble demo | generate | chat | bench`."""
+"""The command line: `python -m preble demo | generate | chat | sim | study | plan | bench`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 def make_parser() -> argparse.ArgumentParser:
     """The arguments of all subcommands; parsed, they have a `run` that takes them and returns the exit status."""
-    from preble.cli import bench, chat, demo, generate
+    from preble.cli import bench, chat, demo, generate, plan, sim, study
 
     parser = Parser(prog="preble", description="Serve LLMs on several replicas, every prompt where its prefix lies.")
     parser.add_argument("--version", action="version", version=f"preble {__version__}")
@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         title="commands",
         description="preble COMMAND --help says more",
     )
-    for module in (demo, generate, chat, bench):
+    for module in (demo, generate, chat, sim, study, plan, bench):
         name = module.__name__.rpartition(".")[2]
         summary = (module.__doc__ or "").strip().splitlines()[0]
         command = commands.add_parser(name, help=summary[0].lower() + summary[1:-1], description=module.__doc__)
