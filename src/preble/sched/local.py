@@ -28,8 +28,8 @@ MOST_PASSED = 32
 LOOKS = 16
 """How many waiting requests a step looks up again when the cache has changed."""
 PATIENCE = 8
-"""Steps until the next in line, for whom the pages did not suffice, is looked at again, if nobody came or left meanwhile:
-by then the others have grown, and the forecast of what they will need has changed a little."""
+"""Steps until the next in line, for whom the pages did not suffice, is looked at again, if nobody came or left: by then
+the others have grown, and the forecast of what they will need has changed a little."""
 
 
 class LocalScheduler:
