@@ -10,6 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from preble.bench import engine
     from preble.bench.gpu import suite as gpu
     from preble.bench.sched import suite as sched
+    from preble.bench.sim import suite as sim
 
     suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
     suite = suites.add_parser(
@@ -25,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     suite = suites.add_parser("gpu", help="the kernels, the engine and the cluster on a GPU", description=gpu.__doc__)
     gpu.add_arguments(suite)
     suite.set_defaults(run_suite=gpu.run)
+    suite = suites.add_parser("sim", help="policies against each other, in simulation", description=sim.__doc__)
+    sim.add_arguments(suite)
+    suite.set_defaults(run_suite=sim.run)
 
 
 def run(args: argparse.Namespace) -> int:
