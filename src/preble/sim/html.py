@@ -31,6 +31,10 @@ those of Okabe and Ito (2008)."""
 DASHES = ("-", "--", ":", "-.")
 """… and their strokes, so that neighbours differ in both and no two of 28 lines are the same."""
 
+TAG = re.compile(r"<[^>]+>")
+REFERENCE = re.compile(r'(url\(|href=")#([^)"]+)')
+"""To an id, in a tag."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -118,13 +122,13 @@ def figure_svg(figure: Figure) -> str:
     # A hundredth of a point is enough.
     svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
     digest = hashlib.sha256(svg.encode()).hexdigest()[:8]
-    used = set(re.findall(r'<[^>]*?(?:url\(|href=")#([^)"]+)', svg))
+    used = {name for tag in TAG.findall(svg) for _, name in REFERENCE.findall(tag)}
 
-    def own_name(found: re.Match[str]) -> str:
-        return f'{found[1]} id="{digest}-{found[2]}"' if found[2] in used else found[1]
+    def with_own_names(tag: re.Match[str]) -> str:
+        text = REFERENCE.sub(rf"\g<1>#{digest}-\g<2>", tag[0])
+        return re.sub(r' id="([^"]+)"', lambda found: f' id="{digest}-{found[1]}"' if found[1] in used else "", text)
 
-    svg = re.sub(r'(<[^>]*?) id="([^"]+)"', own_name, svg)
-    return re.sub(r'(<[^>]*?(?:url\(|href="))#', rf"\g<1>#{digest}-", svg).strip()
+    return TAG.sub(with_own_names, svg).strip()
 
 
 def _style() -> dict[str, Any]:

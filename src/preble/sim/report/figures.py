@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from math import ceil, log10
+from math import ceil, inf, log10
+from statistics import median_low
 from typing import TYPE_CHECKING
 
 from preble.sim.html import INK, plot_style
@@ -21,6 +22,14 @@ FULL_WIDTH = 12.8
 """… of one that has it all."""
 LEGEND_ROW = 0.22
 """Inches."""
+TICKS = {
+    0.7: tuple(range(1, 10)),
+    1.2: (1, 1.5, 2, 3, 5, 7),
+    2.5: (1, 2, 5),
+    4.0: (1, 3),
+    inf: (1,),
+}
+"""Up to how many decades of a logarithmic axis which multiples of powers of ten are written at it."""
 
 
 @contextmanager
@@ -65,12 +74,18 @@ def log_axis(axes: Axes, label: str) -> None:
         low, high = low / 1.5, high * 1.5
         axes.set_xlim(low, high)
     decades = log10(high / low)
-    places = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0, 3.0) if decades < 4 else (1.0,)
+    places = next(places for most, places in TICKS.items() if decades < most)
     axes.xaxis.set_major_locator(LogLocator(subs=places))
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.9f}".rstrip("0").rstrip("."))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(label)
+
+
+def common_limit(largest: Sequence[float], slack: float) -> float:
+    """Where an axis ends that many runs share, by the largest value of each: if one has far more than most of them, its
+    line leaves the plot, so that the others can still be seen."""
+    return min(max(largest), slack * median_low(largest)) or max(largest)
 
 
 def time_axis(axes: Axes, end: float) -> None:

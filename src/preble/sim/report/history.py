@@ -8,7 +8,7 @@ import numpy as np
 
 from preble.sim.html import Plot, figure_svg
 from preble.sim.outcome import Array, Outcome
-from preble.sim.report.figures import WIDTH, legend_below, mark_failures, new_figure, time_axis
+from preble.sim.report.figures import WIDTH, common_limit, legend_below, mark_failures, new_figure, time_axis
 
 PARTS = 20
 """A share is a mean over the last one of so many parts of the time shown."""
@@ -19,10 +19,19 @@ def history_plots(runs: Mapping[str, Outcome]) -> list[Plot]:
     if not any(len(run.samples.times) for run in runs.values()):
         return []
     return [
-        _plot(runs, "Hit rate", "cached share of the prompt tokens", hit_rate, share=True),
-        _plot(runs, "Busy share", "share of the replicas' time", busy_share, share=True),
-        _plot(runs, "Requests in the system", "arrived, and not ended yet", in_system, share=False),
+        Plot("Hit rate", _lines(runs, "cached share of the prompt tokens", hit_rate, share=True)),
+        Plot("Busy share", _lines(runs, "share of the replicas' time", busy_share, share=True)),
+        Plot(
+            "Requests in the system",
+            _lines(runs, "requests", in_system),
+            "Arrived and not ended; none that never ended.",
+        ),
     ]
+
+
+def shown_seconds(runs: Mapping[str, Outcome]) -> float:
+    """Where the time axes end: with the last run, but not where most others have long ended."""
+    return common_limit([run.samples.times[-1] for run in runs.values() if len(run.samples.times)], 2.0)
 
 
 def hit_rate(run: Outcome) -> Array:
@@ -52,22 +61,22 @@ def recent(total: Array) -> Array:
     return total - np.concatenate((np.zeros(min(back, len(total))), total[:-back]))
 
 
-def _plot(
-    runs: Mapping[str, Outcome], title: str, label: str, values: Callable[[Outcome], Array], *, share: bool
-) -> Plot:
+def _lines(runs: Mapping[str, Outcome], label: str, measure: Callable[[Outcome], Array], *, share: bool = False) -> str:
     labels = list(runs)
     with new_figure(WIDTH, 3.2, labels) as figure:
         axes = figure.add_subplot()
-        for run in runs.values():
-            axes.plot(run.samples.times, values(run))
+        values = [measure(run) for run in runs.values()]
+        for run, line in zip(runs.values(), values, strict=True):
+            axes.plot(run.samples.times, line)
         lines = axes.get_lines()
         mark_failures(axes, (failure for run in runs.values() for failure in run.settings.failures))
-        time_axis(axes, max(run.samples.times[-1] for run in runs.values() if len(run.samples.times)))
+        time_axis(axes, shown_seconds(runs))
         axes.set_ylabel(label)
         if share:
             axes.set_ylim(0, 1.01)
             axes.yaxis.set_major_formatter("{x:.0%}")
         else:
-            axes.set_ylim(bottom=0)
-        legend_below(figure, lines, labels)
-    return Plot(title, figure_svg(figure))
+            top = common_limit([float(line.max(initial=0)) for line in values], 3.0)
+            axes.set_ylim(0, 1.05 * max(top, 1.0))
+        legend_below(figure, list(lines), labels)
+        return figure_svg(figure)

@@ -14,7 +14,7 @@ MOST_RANGES = 8
 
 def hottest_tables(runs: Mapping[str, Outcome]) -> list[Table]:
     """One per policy whose tree had a prefix that prompts share."""
-    header = ("prefix", "replicas that have it", "tokens", "from", "to", "prompts", "shared tokens")
+    header = ("prefix", "replicas that have it", "positions", "prompts", "shared tokens")
     return [
         Table(header, [_row(hot, run.settings.replicas) for hot in run.hottest], caption=label, left=2)
         for label, run in runs.items()
@@ -24,11 +24,12 @@ def hottest_tables(runs: Mapping[str, Outcome]) -> list[Table]:
 
 def _row(hot: HotPrefix, replicas: int) -> list[str]:
     name = f"{hot.name:016x}"[:8]
-    numbers = (hot.tokens, hot.start, hot.end, hot.uses, hot.shared_tokens)
     return [
         f"{hot.namespace}:{name}" if hot.namespace else name,
         f"{len(hot.replicas)} of {replicas}: {_holders(hot)}" if hot.replicas else "none",
-        *(f"{number:,}" for number in numbers),
+        f"{hot.start:,}-{hot.end:,}",
+        f"{hot.uses:,}",
+        f"{hot.shared_tokens:,}",
     ]
 
 

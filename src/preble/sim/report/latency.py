@@ -14,7 +14,7 @@ from preble.sim.slo import SLO
 
 POINTS = 200
 """Of a line: that many quantiles."""
-SPAN = 1e6
+SPAN = 1e5
 """What is smaller than the largest value by more than this is drawn at the left edge."""
 
 
@@ -49,7 +49,7 @@ def _plot(
             axes.plot(seconds, shares, drawstyle="steps-post", label=label)
         lines = axes.get_lines()
         for limit in sorted({bound(run.slo) for run in runs.values()}):
-            if limit < math.inf:
+            if edge <= limit <= everything.max():
                 vertical_line(axes, limit)
         log_axis(axes, unit)
         axes.set_ylim(0, 1.01)

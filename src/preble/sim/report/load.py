@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preble.sim.html import COLOURS, Plot, figure_svg
-from preble.sim.outcome import Outcome
-from preble.sim.report.figures import FULL_WIDTH, legend_below, mark_failures, new_figure, time_axis
+from preble.sim.outcome import Array, Outcome
+from preble.sim.report.figures import FULL_WIDTH, common_limit, legend_below, mark_failures, new_figure, time_axis
+from preble.sim.report.history import shown_seconds
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -27,35 +28,38 @@ def load_plots(runs: Mapping[str, Outcome]) -> list[Plot]:
     runs = {label: run for label, run in runs.items() if len(run.samples.times)}
     if not runs:
         return []
-    columns = min(len(runs), 3 if len(runs) > 4 else 2)
+    columns = min(len(runs), 2 if len(runs) == 4 else 3)
     rows = ceil(len(runs) / columns)
-    end = max(run.samples.times[-1] for run in runs.values())
-    legend: dict[str, Artist] = {}
     replicas = max(run.settings.replicas for run in runs.values())
-    with new_figure(
-        FULL_WIDTH, 3.4 if len(runs) == 1 else 0.6 + 2.2 * rows, ["replica 00"] * min(replicas, 8)
-    ) as figure:
+    legend: dict[str, Artist] = {}
+    with new_figure(FULL_WIDTH, 0.6 + (2.2 if rows > 1 else 3.0) * rows, [""] * min(replicas, MOST_LINES)) as figure:
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
         for axes, (label, run) in zip(panels, runs.items(), strict=False):
             legend = _draw(axes, run) | legend
             mark_failures(axes, run.settings.failures)
             axes.set_title(label)
-            time_axis(axes, end)
-            axes.set_ylim(bottom=0)
-            axes.label_outer()
+            time_axis(axes, shown_seconds(runs))
+        top = common_limit([float(_load(run).max()) for run in runs.values()], 3.0)
+        panels[0].set_ylim(0, 1.05 * max(top, 1.0))
         for axes in panels[len(runs) :]:
             axes.remove()
+        for axes in panels[: len(runs)]:
+            axes.label_outer()
         figure.supylabel("requests", fontsize="medium")
         legend_below(figure, list(legend.values()), list(legend))
     return [Plot("Requests running and waiting", figure_svg(figure), wide=True)]
 
 
+def _load(run: Outcome) -> Array:
+    """[looks, replicas]: requests that run or wait."""
+    return run.samples.column("running") + run.samples.column("waiting")
+
+
 def _draw(axes: Axes, run: Outcome) -> dict[str, Artist]:
     """The lines, by what they show."""
-    samples = run.samples
-    load = samples.column("running") + samples.column("waiting")
+    load = _load(run)
     step = ceil(len(load) / POINTS)
-    times, load = samples.times[::step], load[::step]
+    times, load = run.samples.times[::step], load[::step]
     if load.shape[1] <= MOST_LINES:
         lines = axes.plot(times, load, linewidth=1.2)
         return {f"replica {number}": line for number, line in enumerate(lines)}

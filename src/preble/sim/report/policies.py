@@ -11,11 +11,12 @@ from preble.sim.html import Cell, Table
 from preble.sim.outcome import Outcome
 
 NOTHING = "-"
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def seconds(value: float) -> str:
     """Four digits, down to a tenth of a millisecond."""
-    digits = 3 - floor(log10(value)) if value > 0 else 1
+    digits = 3 - floor(log10(value)) if value > 0 else 0
     return f"{value:,.{min(max(digits, 0), 4)}f}"
 
 
@@ -67,8 +68,8 @@ def policy_tables(runs: Mapping[str, Outcome]) -> list[Table]:
     slo = ", ".join(dict.fromkeys(str(run.slo) for run in runs.values()))
     about_work = (
         f"Goodput: requests per second that kept the SLO ({slo or 'no bounds'}). Imbalance: busy time of the busiest "
-        "replica over the mean. Utilization: busy share of the replicas' time. Recomputed: prompt tokens that some replica had "
-        "computed before. Decisions: per real second of the global scheduler."
+        "replica over the mean. Utilization: busy share of the replicas' time. Recomputed: prompt tokens that some "
+        "replica had computed before. Decisions: per real second of the global scheduler."
     )
     first = "TTFT: from arrival to the first token. Queueing: until a replica begins to compute the request."
     whole = "e2e: from arrival to the last token. TPOT: per token after the first."
@@ -96,8 +97,8 @@ def _cells(column: Column, values: Sequence[float | None]) -> list[Cell]:
     return [
         Cell(
             NOTHING if value is None else column.show(value),
-            f"x{value / first:.2f}" if number and first and value is not None else "",
+            f"{TIMES}{value / first:.2f}" if first and value is not None and value != first else "",
             best=value is not None and value == marked,
         )
-        for number, value in enumerate(values)
+        for value in values
     ]

@@ -19,9 +19,12 @@ from preble.sim.report.settings import settings_table
 
 LATENCY = (
     "Share of the completed requests that took at most so long: the further to the upper left, the better. What took "
-    "no time is drawn at the left edge. Dotted vertical lines are bounds of the SLO."
+    "no time is drawn at the left edge. Dotted vertical lines: bounds of the SLO, where they are in sight."
 )
-HISTORY = "Shares are means over a twentieth of the time that the plots show."
+HISTORY = (
+    "Shares are means over a twentieth of the run. Where a policy takes far longer or has far more to do than most, "
+    "its lines leave the plots."
+)
 LOAD = "Requests that run and wait at each replica; without those that still wait to be placed on one."
 FAILURES = " Dotted vertical lines: a replica is lost."
 PLACEMENTS = "Which rule of its policy placed a request last, by share of the completed requests."
