@@ -64,7 +64,10 @@ def test_the_terminal_shows_every_table(lines: Lines, capsys: pytest.CaptureFixt
     for name, values in rows.items():
         assert re.search(rf"^{name} +{' +'.join(map(re.escape, values.split()))}$", shown, re.MULTILINE), name
     assert re.search(r"^ +30 +90 +20 +37\.2% +1$", shown, re.MULTILINE), "the first document is the hottest"
-    assert "all distinct tokens" in shown
+    sizes = dict(re.findall(r"^ +(\d+) +[\d.]+% +(all distinct tokens|\d+% of the ideal|)$", shown, re.MULTILINE))
+    assert {"10", "20", "50", "100", "200"} <= {size for size, note in sizes.items() if not note}
+    assert sizes["250"] == "all distinct tokens"
+    assert {"50% of the ideal", "90% of the ideal", "99% of the ideal"} <= set(sizes.values())
     assert "\x1b" not in shown
     assert max(map(len, shown.splitlines())) <= 80
 
