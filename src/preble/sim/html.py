@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,7 +115,8 @@ def figure_svg(figure: Figure) -> str:
     Its ids are unlike those of any other figure, as all figures of a page share one space of names.
     """
     out = io.BytesIO()
-    with plot_style():
+    with plot_style(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has others
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue().decode()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -139,6 +141,7 @@ def _style() -> dict[str, Any]:
         "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's colour
         "font.family": "sans-serif",
         "font.size": 10,
+        "text.parse_math": False,  # a name with dollars is a name
         "text.color": INK,
         "axes.edgecolor": INK,
         "axes.labelcolor": INK,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import ceil, inf, log10
-from statistics import median_low
+from statistics import median_high
 from typing import TYPE_CHECKING
 
 from preble.sim.html import INK, plot_style
@@ -14,6 +14,7 @@ from preble.sim.settings import Failure
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 WIDTH = 6.4
@@ -83,9 +84,16 @@ def log_axis(axes: Axes, label: str) -> None:
 
 
 def common_limit(largest: Sequence[float], slack: float) -> float:
-    """Where an axis ends that many runs share, by the largest value of each: if one has far more than most of them, its
-    line leaves the plot, so that the others can still be seen."""
-    return min(max(largest), slack * median_low(largest)) or max(largest)
+    """Where an axis ends that runs share, by the largest value of each: if less than half of them have far more than the
+    others, their lines leave the plot, so that the others can still be seen."""
+    return min(max(largest), slack * median_high(largest)) or max(largest)
+
+
+def whole_numbers(axis: Axis) -> None:
+    """No fractions at an axis that counts."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def time_axis(axes: Axes, end: float) -> None:

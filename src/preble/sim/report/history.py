@@ -8,10 +8,21 @@ import numpy as np
 
 from preble.sim.html import Plot, figure_svg
 from preble.sim.outcome import Array, Outcome
-from preble.sim.report.figures import WIDTH, common_limit, legend_below, mark_failures, new_figure, time_axis
+from preble.sim.report.figures import (
+    WIDTH,
+    common_limit,
+    legend_below,
+    mark_failures,
+    new_figure,
+    time_axis,
+    whole_numbers,
+)
 
 PARTS = 20
 """A share is a mean over the last one of so many parts of the time shown."""
+TIME_SLACK = 1.5
+LOAD_SLACK = 2.0
+"""How far the axes reach beyond what is usual among policies (`common_limit`)."""
 
 
 def history_plots(runs: Mapping[str, Outcome]) -> list[Plot]:
@@ -31,7 +42,7 @@ def history_plots(runs: Mapping[str, Outcome]) -> list[Plot]:
 
 def shown_seconds(runs: Mapping[str, Outcome]) -> float:
     """Where the time axes end: with the last run, but not where most others have long ended."""
-    return common_limit([run.samples.times[-1] for run in runs.values() if len(run.samples.times)], 2.0)
+    return common_limit([run.samples.times[-1] for run in runs.values() if len(run.samples.times)], TIME_SLACK)
 
 
 def hit_rate(run: Outcome) -> Array:
@@ -76,7 +87,8 @@ def _lines(runs: Mapping[str, Outcome], label: str, measure: Callable[[Outcome],
             axes.set_ylim(0, 1.01)
             axes.yaxis.set_major_formatter("{x:.0%}")
         else:
-            top = common_limit([float(line.max(initial=0)) for line in values], 3.0)
+            top = common_limit([float(line.max(initial=0)) for line in values], LOAD_SLACK)
             axes.set_ylim(0, 1.05 * max(top, 1.0))
+            whole_numbers(axes.yaxis)
         legend_below(figure, list(lines), labels)
         return figure_svg(figure)

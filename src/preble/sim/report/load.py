@@ -10,8 +10,16 @@ import numpy as np
 
 from preble.sim.html import COLOURS, Plot, figure_svg
 from preble.sim.outcome import Array, Outcome
-from preble.sim.report.figures import FULL_WIDTH, common_limit, legend_below, mark_failures, new_figure, time_axis
-from preble.sim.report.history import shown_seconds
+from preble.sim.report.figures import (
+    FULL_WIDTH,
+    common_limit,
+    legend_below,
+    mark_failures,
+    new_figure,
+    time_axis,
+    whole_numbers,
+)
+from preble.sim.report.history import LOAD_SLACK, shown_seconds
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -39,8 +47,9 @@ def load_plots(runs: Mapping[str, Outcome]) -> list[Plot]:
             mark_failures(axes, run.settings.failures)
             axes.set_title(label)
             time_axis(axes, shown_seconds(runs))
-        top = common_limit([float(_load(run).max()) for run in runs.values()], 3.0)
+        top = common_limit([float(_load(run).max()) for run in runs.values()], LOAD_SLACK)
         panels[0].set_ylim(0, 1.05 * max(top, 1.0))
+        whole_numbers(panels[0].yaxis)
         for axes in panels[len(runs) :]:
             axes.remove()
         for axes in panels[: len(runs)]:

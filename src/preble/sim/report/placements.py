@@ -28,7 +28,7 @@ def placement_plots(runs: Mapping[str, Outcome]) -> list[Plot]:
             shares = {label: run.reasons.get(reason, 0) / run.completed for label, run in placed.items()}
             bars.append(
                 axes.barh(
-                    list(placed),
+                    range(len(placed)),
                     list(shares.values()),
                     left=list(left.values()),
                     height=0.74,
@@ -43,6 +43,7 @@ def placement_plots(runs: Mapping[str, Outcome]) -> list[Plot]:
                 left[label] += share
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.set_yticks(range(len(placed)), list(placed))
         axes.invert_yaxis()
         axes.grid(visible=False)
         legend_below(figure, [bar.patches[0] for bar in bars], reasons)

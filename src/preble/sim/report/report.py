@@ -74,10 +74,9 @@ def report_page(outcomes: Sequence[Outcome]) -> str:
     ]
     first = outcomes[0]
     fleet = first.settings
-    subtitle = (
-        f"{first.requests:,} requests, {first.rate:,.3g} per second · {fleet.replicas} replicas · "
-        f"{fleet.cost_model.name} · seed {fleet.seed}"
-    )
+    replicas = "1 replica" if fleet.replicas == 1 else f"{fleet.replicas:,} replicas"
+    traffic = f"{first.requests:,} requests, {first.rate:,.3g} per second"
+    subtitle = " · ".join((traffic, replicas, fleet.cost_model.name, f"seed {fleet.seed}"))
     title = f"{first.trace}: {', '.join(runs) if len(runs) < 4 else f'{len(runs)} policies'}"
     return page(title, *(one for one in sections if one.tables or one.plots), subtitle=subtitle)
 
