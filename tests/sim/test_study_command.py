@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -237,6 +238,17 @@ def test_a_study_that_fails_leaves_earlier_results_and_no_empty_files(tmp_path: 
     assert main(["study", str(tmp_path / "absent.jsonl"), "--json", str(earlier), "--html", str(new)]) == 1
     assert earlier.read_text() == "precious"
     assert not new.exists()
+
+
+def test_a_reader_that_stops_early_does_not_stop_the_files(lines: Lines, tmp_path: Path) -> None:
+    out = tmp_path / "study.json"
+    command = [sys.executable, "-m", "preble", "study", str(lines({"text": "once"})), "--json", str(out)]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert done.stderr == b""
+    assert json.loads(out.read_text())["requests"] == 1
 
 
 def test_without_matplotlib_only_the_page_is_refused_and_at_once(

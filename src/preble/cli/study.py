@@ -66,7 +66,6 @@ def run(args: argparse.Namespace) -> int:
     if trace.without_output:
         note(f"requests that generated nothing and count as generating one token: {trace.without_output:,}")
     result = study(trace if args.requests is None else trace.first(args.requests))
-    _print(Console(), result)
     if args.json is not None:
         settings = {
             "file": str(args.file),
@@ -81,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         from preble.sim.study.report import html_report
 
         args.html.write_text(html_report(result), encoding="utf-8")
+    # Last, as whoever reads it may stop early: `| head` is no reason to write no file.
+    _print(Console(), result)
     return 0
 
 
