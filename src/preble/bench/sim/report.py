@@ -79,7 +79,8 @@ def _losses(standings: Standings) -> Section:
     return Section(
         f"Where {standings.reference} loses",
         f"Settings in which the rival is better by more than {TOLERANCE:g}x beyond the {LEVEL:.0%} interval, "
-        f"which comes from a bootstrap over blocks of consecutive requests, the same for both. Below, the worst {WORST} of each.",
+        "which comes from a bootstrap over blocks of consecutive requests, the same for both. Below, the worst "
+        f"{WORST} of each.",
         tables,
     )
 
