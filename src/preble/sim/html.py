@@ -109,10 +109,11 @@ def plot_style() -> Iterator[None]:
         yield
 
 
-def figure_svg(figure: Figure) -> str:
+def figure_svg(figure: Figure, name: str = "") -> str:
     """An `<svg>` element of the figure, the same for the same figure.
 
-    Its ids are unlike those of any other figure, as all figures of a page share one space of names.
+    Its ids are unlike those of any other figure, as all figures of a page share one space of names. Figures of a page
+    that may come out the same need names that differ.
     """
     out = io.BytesIO()
     with plot_style(), warnings.catch_warnings():
@@ -123,7 +124,7 @@ def figure_svg(figure: Figure) -> str:
     svg = svg.replace(INK, "currentColor")
     # A hundredth of a point is enough.
     svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
-    digest = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    digest = hashlib.sha256((name + svg).encode()).hexdigest()[:8]
     used = {name for tag in TAG.findall(svg) for _, name in REFERENCE.findall(tag)}
 
     def with_own_names(tag: re.Match[str]) -> str:

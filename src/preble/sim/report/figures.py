@@ -84,8 +84,8 @@ def log_axis(axes: Axes, label: str) -> None:
 
 
 def common_limit(largest: Sequence[float], slack: float) -> float:
-    """Where an axis ends that runs share, by the largest value of each: if less than half of them have far more than the
-    others, their lines leave the plot, so that the others can still be seen."""
+    """Where an axis ends that runs share, by the largest value of each: if a minority has far more than the others, its
+    lines leave the plot, so that those of the others can still be read."""
     return min(max(largest), slack * median_high(largest)) or max(largest)
 
 

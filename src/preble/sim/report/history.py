@@ -91,4 +91,4 @@ def _lines(runs: Mapping[str, Outcome], label: str, measure: Callable[[Outcome],
             axes.set_ylim(0, 1.05 * max(top, 1.0))
             whole_numbers(axes.yaxis)
         legend_below(figure, list(lines), labels)
-        return figure_svg(figure)
+        return figure_svg(figure, label)

@@ -55,7 +55,7 @@ def _plot(
         axes.set_ylim(0, 1.01)
         axes.yaxis.set_major_formatter("{x:.0%}")
         legend_below(figure, lines, labels)
-    return Plot(title, figure_svg(figure))
+    return Plot(title, figure_svg(figure, title))
 
 
 def distribution_function(values: Array) -> tuple[Array, Array]:
