@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -41,9 +41,15 @@ def trace(*requests: TracedRequest) -> Trace:
     return Trace("made", BLOCK, requests)
 
 
-def simulated(made: Trace, policy: str | Policy | Router = "round-robin", **changes: object) -> Simulation:
+def simulated(
+    made: Trace,
+    policy: str | Policy | Router = "round-robin",
+    *,
+    advance: Callable[[], None] = lambda: None,
+    **changes: object,
+) -> Simulation:
     """A simulation that has run, with every scheduler's books proven right."""
-    simulation = Simulation(made, replace(SETTINGS, **changes), policy)
+    simulation = Simulation(made, replace(SETTINGS, **changes), policy, advance=advance)
     simulation.run()
     proven(simulation)
     return simulation

@@ -196,8 +196,8 @@ class SimulatedReplica:
             return False  # one that lacks but the last token of its prompt is about to get its first
         decodes = len(running)
         context = sum([one.length for one in running])
-        decode_seconds, ends = self.cost.decode_seconds, self._ends
-        first = decode_seconds(decodes, context)
+        step_seconds, ends = self.cost.step_seconds, self._ends  # the very sums of single steps, to the last bit
+        first = step_seconds((), decodes, context)
         self._timed = StepTimed(self.number, decodes, decodes, context, first, context)
         time = now + first
         ends.append(time)
@@ -205,7 +205,7 @@ class SimulatedReplica:
         for step in range(1, steps):
             if time >= limit:
                 break
-            time += decode_seconds(decodes, context + step * decodes)
+            time += step_seconds((), decodes, context + step * decodes)
             ends.append(time)
         return True
 
