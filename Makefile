@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-long lint bench bench-sched clean
+.PHONY: help install demo test test-long lint bench bench-sched bench-sim clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        the engine against transformers (and llama.cpp where it is installed)"
 	@echo "make bench-sched  the scheduler by itself (beside Dynamo's and Ray's where PEER_PYTHON has them)"
+	@echo "make bench-sim    the policies against each other in simulation (GRID=quick, full or paper; TRACES=files)"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Preble needs Python 3.11 or newer; try: make PYTHON=python3.12"; exit 1; }
@@ -43,6 +44,9 @@ bench: $(INSTALLED)
 
 bench-sched: $(INSTALLED)
 	$(BIN)/python -m preble bench sched --json bench-results/sched.json $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
+
+bench-sim: $(INSTALLED)
+	$(BIN)/python -m preble bench sim --grid $(or $(GRID),quick) $(if $(TRACES),--traces $(TRACES)) $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
 
 clean:
 	rm -rf $(VENV) bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,13 +15,18 @@ ROOT = Path(preble.__file__).parent
 REGISTRY = "preble.sched.policies"
 """It imports every policy. Of these, only the one that runs matters."""
 START = ("preble.sim.simulate", "preble.sim.workloads.make", "preble.bench.sim.condition", "preble.bench.sim.source")
+BOUND = "bound"
+"""In place of a policy: the lower bound."""
 
 
 @cache
 def digest(policy: str) -> str:
-    """Of the sources of the schedulers, the simulator, the workloads and this policy (its name, without switches): a
-    change of another policy leaves results valid."""
-    own = f"preble.bench.sim.peers.{PEERS[policy]}" if policy in PEERS else POLICIES[policy].__module__
+    """Of the sources of the schedulers, the simulator, the workloads and this policy (its name, without switches), or
+    of `BOUND`: a change of another policy leaves results valid."""
+    if policy == BOUND:
+        own = "preble.sim.bound"
+    else:
+        own = f"preble.bench.sim.peers.{PEERS[policy]}" if policy in PEERS else POLICIES[policy].__module__
     found: set[Path] = set()
     for module in (*START, own):
         _collect(module, found)
@@ -38,9 +43,15 @@ def _collect(module: str, found: set[Path]) -> None:
     if path in found or module == REGISTRY or not path.exists():
         return
     found.add(path)
+    for needed in _imports(path):
+        _collect(needed, found)
+
+
+@cache
+def _imports(path: Path) -> tuple[str, ...]:
+    """What may be a module of Preble and is named in a file."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("preble."):
-            assert node.module is not None
-            _collect(node.module, found)
-            for name in node.names:
-                _collect(f"{node.module}.{name.name}", found)
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("preble."):
+            found += [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
+    return tuple(found)

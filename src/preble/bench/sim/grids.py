@@ -14,6 +14,7 @@ PAPER_WORKLOADS = ("tool-use", "embodied", "programming", "video-qa", "long-docu
 PAPER_FLEETS = ("mistral-7b-a6000", "llama-3-70b-2xh100")
 PAPER_REPLICAS = 4
 PAPER_LOADS = (0.5, 0.75, 1.0, 1.25, 1.5)
+PAPER_E2 = "e2-paper" if "e2-paper" in POLICIES else "e2"
 RIVALS = ("round-robin", "least-loaded", "prefix-affinity", "sglang", "dynamo", "lmetric", "llm-d", "ray")
 
 
@@ -51,15 +52,14 @@ on 2 to 32 replicas: hours."""
 
 def paper_policies() -> list[str]:
     """Round robin with a prefix cache on each replica, and what the paper adds to it, in the order of its ablation."""
-    e2 = "e2-paper" if "e2-paper" in POLICIES else "e2"
     parts = ("rebalancing", "autoscaling", "prefill_decode_balance")
     off = [f":{part}=off" for part in parts]
     return [
         "round-robin@fcfs",
-        f"{e2}{off[0]}{off[1]}{off[2]}@fcfs",
-        f"{e2}{off[2]}@fcfs",
-        f"{e2}@fcfs",
-        f"{e2}@preble",
+        f"{PAPER_E2}{off[0]}{off[1]}{off[2]}@fcfs",
+        f"{PAPER_E2}{off[2]}@fcfs",
+        f"{PAPER_E2}@fcfs",
+        f"{PAPER_E2}@preble",
     ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from preble.bench.sim.digest import digest
+from preble.bench.sim.digest import BOUND, digest
 from preble.bench.sim.entry import Entry
 from preble.bench.sim.setting import Setting
 from preble.bench.sim.source import AT_ONCE
@@ -38,10 +38,14 @@ class Job:
     """Requests per second, or `AT_ONCE`."""
 
     @property
+    def name(self) -> str:
+        """For people."""
+        return f"{BOUND if self.entry is None else self.entry.name} on {self.setting.name}"
+
+    @property
     def key(self) -> str:
         """Two runs with the same key would give the same."""
-        # The bound is worked out from the same sources as any run.
-        policy = "round-robin" if self.entry is None else self.entry.policy.partition(":")[0]
+        policy = BOUND if self.entry is None else self.entry.policy.partition(":")[0]
         what = json.dumps([self.to_dict(), self.setting.source.fingerprint(), digest(policy)], sort_keys=True)
         return hashlib.sha256(what.encode()).hexdigest()[:24]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from preble.bench.sim.comparison import FIGURES, LEVEL, TOLERANCE, Ratio
 from preble.bench.sim.standings import GOALS, Contest, Standings
 from preble.sim.html import Cell, Section, Table
@@ -43,12 +45,15 @@ def _rows(table: Table) -> list[str]:
 
 
 def _overall(standings: Standings) -> Section:
-    rows = []
+    rows, ranges = [], []
     for rival in standings.rivals:
         mean = standings.mean(rival)
         if mean is None:
             rows.append([rival, *["not run"] * len(FIGURES), ""])
             continue
+        single = np.stack([one.ratios[rival].value for one in standings.contests if rival in one.ratios])
+        lows, highs = single.min(axis=0), single.max(axis=0)
+        ranges.append([rival, *[f"{low:.2f} to {high:.2f}" for low, high in zip(lows, highs, strict=True)]])
         met = all(mean.value >= GOALS)
         rows.append([rival, *[_with_interval(mean, at) for at in range(len(FIGURES))], "yes" if met else "no"])
     goals = ", ".join(f"{figure} {goal:.2f}" for figure, goal in zip(FIGURES, GOALS, strict=True))
@@ -58,7 +63,10 @@ def _overall(standings: Standings) -> Section:
         f"Geometric means over {len(standings.contests)} settings, with {LEVEL:.0%} intervals of a bootstrap over "
         f"settings. The goals are {goals}."
         + (f" {standings.missing} runs have not been made." if standings.missing else ""),
-        [Table(["rival", *FIGURES, "goals met"], rows)],
+        [
+            Table(["rival", *FIGURES, "goals met"], rows),
+            Table(["rival", *FIGURES], ranges, "The ratios of single settings, from the lowest to the highest."),
+        ],
     )
 
 

@@ -101,11 +101,13 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     entries, reference = _entries(args)
     tournament = Tournament(settings, entries, Results(args.out), args.peer_python, args.jobs)
+    wrong: list[str] = []
     if not args.report_only:
-        for complaint in tournament.run():
+        wrong = tournament.run()
+        for complaint in wrong:
             print(complaint, file=sys.stderr)
     _report(args, tournament, reference)
-    return 0
+    return 1 if wrong else 0
 
 
 def _settings(args: argparse.Namespace) -> list[Setting]:

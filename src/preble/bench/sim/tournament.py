@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -22,7 +23,7 @@ from preble.bench.sim.results import Results
 from preble.bench.sim.setting import Setting
 from preble.bench.sim.source import AT_ONCE
 from preble.bench.sim.worker import PeerFailed, perform, prepare
-from preble.errors import InvalidRequest
+from preble.errors import InvalidRequest, PrebleError
 from preble.progress import progress_bar
 
 SATURATED_BY = Entry("round-robin", "hrrn")
@@ -40,14 +41,16 @@ class Tournament:
     processes: int
 
     def run(self) -> list[str]:
-        """Run what has not been run; what is done stays done whatever happens. Returns why which peers were left out.
+        """Run what has not been run; what is done stays done whatever happens. Returns what went wrong: a peer that
+        does not run here is left out, and a run that fails does not keep the others from being made.
 
         Raises:
             InvalidRequest: a trace cannot be read, or something named does not exist.
+            PrebleError: a process of the pool died.
         """
         with self._pool() as pool:
-            self._run(pool, [self.saturation_job(setting) for setting in self.settings if setting.rate is None])
-            return self._run(pool, list(self.jobs()))
+            wrong = self._run(pool, [self.saturation_job(setting) for setting in self.settings if setting.rate is None])
+            return wrong or self._run(pool, list(self.jobs()))
 
     def jobs(self) -> Iterator[Job]:
         """All of them; the saturations must be known."""
@@ -86,25 +89,42 @@ class Tournament:
         jobs = list({job.key: job for job in jobs if self.results.get(job) is None}.values())
         jobs.reverse()
         running: dict[Future[Row], Job] = {}
-        left_out: dict[str, str] = {}
+        left_out: set[str] = set()
+        wrong: list[str] = []
         with progress_bar(len(jobs), shown=True, label="runs") as advance:
             while jobs or running:
                 # Few at a time, so that there is little to give up when somebody interrupts.
                 while jobs and len(running) < 2 * self.processes:
                     job = jobs.pop()
-                    if job.entry is not None and job.entry.policy in left_out:
+                    if job.entry is not None and job.entry.peer in left_out:
                         advance()
-                        continue
-                    running[pool.submit(perform, job, self.peer_python)] = job
-                for done in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                    else:
+                        running[pool.submit(perform, job, self.peer_python)] = job
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(done)
+                    advance()
                     try:
-                        self.results.add(done.result())
+                        row = done.result()
+                    except InvalidRequest:
+                        raise
+                    except BrokenProcessPool:
+                        raise PrebleError(
+                            f"a process died, perhaps for want of memory, about when it ran {job.name}; what was "
+                            f"finished is in {self.results.path}"
+                        ) from None
                     except PeerFailed as error:
                         assert job.entry is not None
-                        left_out[job.entry.policy] = f"{job.entry.policy} was left out: {error}"
-                    advance()
-        return list(left_out.values())
+                        assert job.entry.peer is not None
+                        if job.entry.peer not in left_out:
+                            left_out.add(job.entry.peer)
+                            wrong.append(f"{job.entry.peer} is left out: {error}")
+                    except Exception as error:
+                        wrong.append(f"{job.name} failed: {error!r}")
+                    else:
+                        self.results.add(row)
+                        if row["key"] != job.key:
+                            wrong.append(f"{job.name} is of other sources, which changed meanwhile: run it again")
+        return wrong
 
     @contextmanager
     def _pool(self) -> Iterator[ProcessPoolExecutor]:

@@ -15,9 +15,11 @@ from importlib import import_module
 from pathlib import Path
 
 import preble
+from preble.bench.sim.digest import BOUND, digest
 from preble.bench.sim.job import Job, Row, fleet_of
 from preble.bench.sim.peers import PEERS
 from preble.errors import PrebleError
+from preble.sched.policies import POLICIES
 
 
 class PeerFailed(PrebleError):
@@ -25,8 +27,10 @@ class PeerFailed(PrebleError):
 
 
 def prepare() -> None:
-    """For a process of the pool: Ctrl-C just ends it, without a word."""
+    """For a process of the pool: Ctrl-C just ends it, without a word, and its rows name the sources it has loaded."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for name in (BOUND, *POLICIES, *PEERS):
+        digest(name)
 
 
 def perform(job: Job, peer_python: str) -> Row:
