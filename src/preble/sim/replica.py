@@ -53,6 +53,11 @@ class SimulatedReplica:
         """Whether a step, or a leap over some, is going on."""
         return self._plan is not None or bool(self._ends)
 
+    @property
+    def waiting(self) -> int:
+        """Requests placed here that do not run."""
+        return len(self.local.waiting) + len(self._inbox)
+
     def receive(self, flight: Flight, prompt: Tokens) -> None:
         """A request was placed here; it is queued at the next boundary of a step, as in an engine."""
         tokens = prompt

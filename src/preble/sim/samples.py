@@ -47,7 +47,7 @@ class Samples:
             [
                 Look(
                     len(one.local.running),
-                    len(one.local.waiting),
+                    one.waiting,
                     one.busy_seconds,
                     one.local.prompt_tokens,
                     one.local.cached_tokens,

@@ -95,6 +95,9 @@ class Settings:
         }
         if self.capacity_tokens is not None:
             positive["capacity_tokens"] = self.capacity_tokens
+        for model in (self.cost, self.believed_cost):
+            if model is not None:
+                make_cost(model)
         for name, value in positive.items():
             if value < 1:
                 raise InvalidRequest(f"{name} must be at least 1, not {value}")
