@@ -272,7 +272,9 @@ def test_what_did_not_end_is_said() -> None:
     text = " ".join(sound(report_page(outcomes)).texts("p"))
     assert f"With e2, {missing[0]} of 40 requests did not end" in text
     assert f"With round-robin, {missing[1]} of 40 requests did not end" in text
-    assert "40 requests are longer" in " ".join(Page(report_page(made_outcomes(capacity_tokens=128))).texts("p"))
+    text = " ".join(Page(report_page(made_outcomes(capacity_tokens=128))).texts("p"))
+    assert "40 requests are longer" in text
+    assert "did not end" not in text, "they were never begun"
 
 
 def test_answers_of_one_token_have_no_time_per_token() -> None:
@@ -326,6 +328,7 @@ def test_a_large_tournament_stays_small_and_all_of_it_can_be_told_apart() -> Non
     first = document[document.index("<svg") : document.index("</svg>")]
     lines = re.findall(r'<path d="[^"]*" clip-path="[^"]*" style="fill: none; ([^"]*stroke-width: 1.8[^"]*)"', first)
     assert len(lines) == len(set(lines)) == 12, "every line has a look of its own"
+    assert document.count("<pattern") == 13 - 7, "there are 7 colours, and more rules are hatched"
 
 
 # What it needs

@@ -45,7 +45,7 @@ def new_figure(width: float, height: float, legend: Sequence[str] = ()) -> Itera
 
 def legend_columns(width: float, labels: Sequence[str]) -> int:
     """How many entries of a legend stand side by side in so many inches."""
-    widest = 0.75 + 0.085 * max(map(len, labels), default=0)
+    widest = 0.65 + 0.075 * max(map(len, labels), default=0)
     return max(1, min(int(width / widest), len(labels)))
 
 
@@ -93,7 +93,7 @@ def whole_numbers(axis: Axis) -> None:
     """No fractions at an axis that counts."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator("auto", integer=True))
+    axis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
 
 
 def time_axis(axes: Axes, end: float) -> None:
