@@ -2,12 +2,12 @@
 
 The tree is Ray's code. The rule is eight lines of a class that lives in a running Ray cluster and reaches the tree by
 remote calls; it is written here, with the threshold for unequal queues that its documentation gives (in the code it
-is off). Where it has several candidates, the router takes the shortest queue, the first of equals in the order that
-the tree gave them.
+is off). Where it has several candidates, the router takes the shortest queue, here the first of equals in the order
+that the tree gave them.
 
-The tree works on text. Here each token is one character of it, so that shares of the prompt are what they are. Its
-loop that evicts is on, on virtual time, at its default interval; a replica may have as many characters as its KV has
-tokens.
+The tree works on text. Here each token is one character of it, so that shares of the prompt are what they are.
+Nothing is evicted from it, as by Ray's default. With its eviction on, all trees soon have about the size of a cache,
+and the smallest of them, which gets what matches nowhere, is no longer the one that had the least to do.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from preble.sim.settings import Settings
 IMBALANCED = 10
 """The queues differ too much from here on."""
 LEAST_MATCH = 0.1
-EVICTION_SECONDS = 10.0
-EVICTED_TO = 0.9
-"""Of the limit, as by the defaults of Ray's router."""
 
 
 class RayRouter(PeerRouter):
@@ -40,13 +37,10 @@ class RayRouter(PeerRouter):
         super().__init__("ray-tree", fleet.replicas)
         self._tree: Any = prefix_tree.PrefixTree()
         self._tree.add_tenants([str(replica) for replica in sorted(self.up)], 0.0)
-        self._limit = fleet.kv_tokens
         self._characters: dict[int, str] = {}
         self._random = random.Random(fleet.seed)
-        self._next_eviction = EVICTION_SECONDS
 
     def choose(self, request_id: str, tokens: Tokens, now: float) -> tuple[int, str]:
-        self._evict(now)
         text = self._text(tokens)
         queues = self.in_flight()
         tenants = [str(replica) for replica in queues]
@@ -68,14 +62,6 @@ class RayRouter(PeerRouter):
     def joined(self, replica: int) -> None:
         self._tree.add_tenants([str(replica)], 0.0)
 
-    def _evict(self, now: float) -> None:
-        """What its loop does after every interval."""
-        while self._next_eviction <= now:
-            for tenant, size in list(self._tree.tenant_to_char_count.items()):
-                if size > self._limit:
-                    self._tree.evict_tenant_by_lru(tenant, int(size - EVICTED_TO * self._limit))
-            self._next_eviction += EVICTION_SECONDS
-
     def _text(self, tokens: Tokens) -> str:
         characters = self._characters
         return "".join([characters.setdefault(token, chr(len(characters) + 32)) for token in tokens.tolist()])
@@ -96,6 +82,6 @@ def settings() -> base.Settings:
         "ray": version("ray"),
         "imbalanced_threshold": IMBALANCED,
         "match_rate_threshold": LEAST_MATCH,
-        "eviction_interval_secs": EVICTION_SECONDS,
+        "do_eviction": False,
         "characters per token": 1,
     }
