@@ -38,23 +38,22 @@ class Samples:
         self.every = every
         self._replicas = replicas
         self._times: list[float] = []
-        self._looks: list[list[Look]] = []
+        self._looks: list[NDArray[np.float64]] = []
 
     def take(self, now: float, replicas: Sequence[SimulatedReplica]) -> None:
         """Look at all replicas."""
         self._times.append(now)
-        self._looks.append(
-            [
-                Look(
-                    len(one.local.running),
-                    one.waiting,
-                    one.busy_seconds,
-                    one.local.prompt_tokens,
-                    one.local.cached_tokens,
-                )
-                for one in replicas
-            ]
-        )
+        looks = [
+            Look(
+                len(one.local.running),
+                one.waiting,
+                one.busy_seconds,
+                one.local.prompt_tokens,
+                one.local.cached_tokens,
+            )
+            for one in replicas
+        ]
+        self._looks.append(np.array(looks, np.float64))
         if len(self._times) > MOST:
             del self._times[::2], self._looks[::2]
             self.every *= 2
@@ -66,5 +65,5 @@ class Samples:
 
     def column(self, name: str) -> NDArray[np.float64]:
         """float64 [looks, replicas]: a field of `Look`."""
-        table = np.array(self._looks, np.float64).reshape(len(self._looks), self._replicas, len(Look._fields))
+        table = np.array(self._looks).reshape(len(self._looks), self._replicas, len(Look._fields))
         return table[:, :, Look._fields.index(name)]
