@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from preble.bench.sim import digest as digests
-from preble.bench.sim.comparison import Latencies, mean_ratio, ratios_in_setting
+from preble.bench.sim.comparison import Latencies, Ratio, mean_ratio, ratios_in_setting
 from preble.bench.sim.condition import CONDITIONS
 from preble.bench.sim.digest import BOUND, digest
 from preble.bench.sim.entry import Entry
@@ -27,7 +27,7 @@ from preble.bench.sim.report import markdown, sections
 from preble.bench.sim.results import Results
 from preble.bench.sim.setting import Setting
 from preble.bench.sim.source import AT_ONCE, Source
-from preble.bench.sim.standings import standings
+from preble.bench.sim.standings import Contest, Standings, standings
 from preble.bench.sim.tournament import SATURATED_BY, Tournament
 from preble.bench.sim.worker import PeerFailed, perform
 from preble.cli import main
@@ -373,6 +373,17 @@ def test_standings_are_over_settings_and_their_seeds_together(played: Tournament
     lost = [*standing.losses("round-robin@fcfs", 0), *other.losses("e2@hrrn", 0)]
     assert all(one.ratios[name].high[0] < 1 / 1.05 for one in other.losses("e2@hrrn", 0) for name in one.ratios)
     assert lost, "round robin is as good as E2 at 1.2 times saturation"
+
+
+def test_a_loss_is_beyond_the_interval_and_the_worst_comes_first() -> None:
+    def contest(load: float, value: float, high: float) -> Contest:
+        ratio = Ratio(np.full(4, value), np.full(4, value - 0.1), np.full(4, high))
+        return Contest(replace(SETTING, load=load), 1.0, {}, None, {"rival": ratio}, {}, {})
+
+    contests = [contest(1, 0.9, 0.97), contest(2, 0.85, 0.94), contest(3, 0.7, 0.8), contest(4, 1.5, 2.0)]
+    standing = Standings("reference", ["rival", "absent"], contests, 0)
+    assert [one.setting.load for one in standing.losses("rival", 0)] == [3, 2]
+    assert standing.losses("absent", 0) == []
 
 
 def test_a_seed_that_is_missing_takes_its_setting_out(played: Tournament, tmp_path: Path) -> None:

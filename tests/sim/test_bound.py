@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -123,6 +125,51 @@ def test_no_policy_beats_the_bound(
         assert figures[name]["p99"] >= least * (1 - ROUNDING), name
 
 
+class Jump(CostModel):
+    """A second, and a hundred more for a large chunk that attends to much."""
+
+    name = "jump"
+
+    def __init__(self, new: int, attended: int) -> None:
+        self.new, self.attended = new, attended
+
+    def step_seconds(self, prefills: Sequence[tuple[int, int]], decodes: int, decode_context: int) -> float:
+        large = any(new >= self.new and attended >= self.attended for new, attended in prefills)
+        return 101.0 if large else 1.0
+
+
+jumps = st.builds(Jump, st.integers(1, 40), st.integers(1, 60))
+
+
+@given(st.one_of(costs, jumps), st.integers(1, 60), st.sampled_from([1, 7, 32, 2048]))
+@settings(deadline=None)
+def test_no_way_to_cut_a_prompt_beats_the_bound(cost: CostModel, tokens: int, largest: int) -> None:
+    """All ways, from the end to the start."""
+    best = [0.0] * (tokens + 1)
+    for start in reversed(range(tokens)):
+        stops = range(start + 1, min(start + largest, tokens) + 1)
+        best[start] = min(cost.prefill_seconds(stop - start, start) + best[stop] for stop in stops)
+    limit = bound(alone(tokens, 1), Settings(replicas=1, cost=cost, max_batched_tokens=largest))
+    assert limit.ttft_mean <= best[0] * (1 + ROUNDING)
+
+
+@pytest.mark.parametrize("fit", range(40, 200))
+def test_the_cheapest_size_of_chunk_may_be_any(fit: int) -> None:
+    """So many tokens take a second, one more takes ages."""
+    cost = PiecewiseCost("steep", (0, fit, fit + 1), (1.0, 1.0, 1000.0))
+    limit = bound(alone(10 * fit, 1), Settings(replicas=1, cost=cost))
+    assert 9 < limit.ttft_mean <= 10 * (1 + ROUNDING)
+
+
+def test_output_is_priced_at_the_cheaper_way_to_compute_it() -> None:
+    """A model by which decoding is dearer than to compute two tokens once more: who is preempted is done sooner."""
+    cost = PiecewiseCost("odd", (0, 1), (0.0, 0.001), per_decode=1.0, per_decode_context=1.0)
+    fleet = Settings(replicas=1, cost=cost)
+    assert bound(alone(160, 3), fleet).e2e_mean == pytest.approx(0.160 + 2 * 0.002)
+    pile = trace_of(*[(0.0, 160, 3, list(range(number * 10, number * 10 + 10))) for number in range(99)])
+    assert bound(pile, fleet).e2e_mean == pytest.approx((0.160 + 2 * 0.002) * 50)
+
+
 @given(
     costs,
     st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5000)), max_size=4),
@@ -156,7 +203,7 @@ class Opaque(CostModel):
 
     name = "opaque"
 
-    def step_seconds(self, prefills: object, decodes: int, decode_context: int) -> float:
+    def step_seconds(self, prefills: Sequence[tuple[int, int]], decodes: int, decode_context: int) -> float:
         return 1.0 if prefills or decodes else 0.0
 
 
