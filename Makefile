@@ -4,17 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-long lint bench bench-sched bench-sim clean
+.PHONY: help install demo test test-long lint bench bench-sched bench-fidelity bench-sim clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo         install, then serve shared-prefix prompts on several replicas and show what happened"
-	@echo "make test         install, then run the test suite"
-	@echo "make test-long    the slow rest of the test suite"
-	@echo "make lint         ruff and mypy"
-	@echo "make bench        the engine against transformers (and llama.cpp where it is installed)"
-	@echo "make bench-sched  the scheduler by itself (beside Dynamo's and Ray's where PEER_PYTHON has them)"
-	@echo "make bench-sim    the policies against each other in simulation (GRID=quick, full or paper; TRACES=files)"
+	@echo "make demo            install, then serve shared-prefix prompts on several replicas and show what happened"
+	@echo "make test            install, then run the test suite"
+	@echo "make test-long       the slow rest of the test suite"
+	@echo "make lint            ruff and mypy"
+	@echo "make bench           the engine against transformers (and llama.cpp where it is installed)"
+	@echo "make bench-sched     the scheduler by itself (beside Dynamo's and Ray's where PEER_PYTHON has them)"
+	@echo "make bench-fidelity  the simulator against a real run of the CPU engine, on an idle machine"
+	@echo "make bench-sim       the policies against each other in simulation (GRID=quick, full or paper; TRACES=files)"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Preble needs Python 3.11 or newer; try: make PYTHON=python3.12"; exit 1; }
@@ -47,6 +48,9 @@ bench-sched: $(INSTALLED)
 
 bench-sim: $(INSTALLED)
 	$(BIN)/python -m preble bench sim --grid $(or $(GRID),quick) $(if $(TRACES),--traces $(TRACES)) $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
+
+bench-fidelity: $(INSTALLED)
+	$(BIN)/python -m preble bench fidelity --json bench-results/fidelity.json
 
 clean:
 	rm -rf $(VENV) bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

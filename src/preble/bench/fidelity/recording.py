@@ -176,7 +176,6 @@ async def record(fleet: Fleet, trace: Trace, *, at_once: bool = False, advance: 
     async with fleet.cluster() as cluster:
         tap = _tapped(cluster)
         await _warm_up(cluster)
-        tap.steps.clear()
         start = time.monotonic()
 
         async def ask(number: int) -> None:
@@ -199,7 +198,11 @@ async def record(fleet: Fleet, trace: Trace, *, at_once: bool = False, advance: 
         fleet=fleet,
         trace=replace(trace, requests=tuple(replace(trace.requests[number], arrival=sent[number]) for number in order)),
         capacity_tokens=capacity,
-        steps=tuple(replace(step, ended=step.ended - start, taken_in=step.taken_in - start) for step in tap.steps),
+        steps=tuple(
+            replace(step, ended=step.ended - start, taken_in=step.taken_in - start)
+            for step in tap.steps
+            if step.ended > start  # not one of the warm-up
+        ),
         ttft=np.array([one.timing.ttft for one in done]),
         e2e=np.array([one.timing.total for one in done]),
         queued=np.array([one.timing.queued for one in done]),
