@@ -57,6 +57,7 @@ def test_the_commands_are_those_of_the_documentation() -> None:
             " plan",
             " bench",
             " bench engine",
+            " bench fidelity",
             " bench gpu",
             " bench sched",
         )
@@ -65,7 +66,20 @@ def test_the_commands_are_those_of_the_documentation() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "demo", "generate", "chat", "sim", "study", "plan", "bench", "bench engine", "bench gpu", "bench sched"],
+    [
+        "",
+        "demo",
+        "generate",
+        "chat",
+        "sim",
+        "study",
+        "plan",
+        "bench",
+        "bench engine",
+        "bench fidelity",
+        "bench gpu",
+        "bench sched",
+    ],
 )
 def test_help_says_what_everything_means(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
