@@ -12,7 +12,8 @@ import pytest
 from made_fleets import ByHand, kinds, request, simulated, times, trace
 
 from preble.errors import PrebleError
-from preble.sched.events import Event, Finished, Progressed, ReplicaDown, ReplicaUp, StepTimed
+from preble.sched.cost import PiecewiseCost
+from preble.sched.events import Event, Evicted, Finished, Progressed, ReplicaDown, ReplicaUp, StepTimed, Stored
 from preble.sched.placement import Placement
 from preble.sim import Failure
 
@@ -219,6 +220,29 @@ def test_what_the_scheduler_learns_of_steps(leaps: dict[str, Any]) -> None:
     # 8 of its 13 tokens are cached. With the other 5, one decode.
     assert steps[1] == StepTimed(0, 6, 1, 9 + 13, 16.0, 9 + 5 * 13)
     assert steps[-1] == StepTimed(0, 1, 1, 11, 11.0, 11)
+
+
+def test_of_a_leap_the_last_step_is_told() -> None:
+    made = trace(request(0.0, [1, 2], 20), request(3.0, [3], 12))
+    cost = PiecewiseCost("by context", (0, 1), (10.0, 11.0), per_decode_context=0.5)
+    told = {}
+    for leap_seconds in (0.0, 30.0, 1e6):
+        router = ByHand(0, 0)
+        simulated(made, router, cost=cost, leap_seconds=leap_seconds)
+        told[leap_seconds] = [event for _, event in router.heard if isinstance(event, StepTimed)]
+    each = told.pop(0.0)
+    for some in told.values():
+        assert len(some) < len(each)
+        assert set(some) <= set(each)
+        assert some[-1] == each[-1]
+
+
+def test_a_replica_numbers_its_cache_events_through_all_its_lives() -> None:
+    router = ByHand(0, 0, replicas=1)
+    simulated(trace(request(0.0, [1, 2], 1), request(100.0, [3], 1)), router, failures=(Failure(0, 50.0, 5.0),))
+    events = [event for _, event in router.heard if isinstance(event, Stored | Evicted | ReplicaUp)]
+    before, up, after = [event.sequence for event in events]
+    assert before <= up == after - 1
 
 
 def test_requests_that_no_replica_can_hold_are_left_out() -> None:
