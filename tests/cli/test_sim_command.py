@@ -130,6 +130,8 @@ def test_a_trace_file_at_another_rate(tmp_path: Path) -> None:
     file = tmp_path / "recorded.jsonl"
     trace = make_workload("programming", requests=30, rate=5.0, seed=1)
     write_trace(trace, file)
+    whole = document(tmp_path, "sim", "--trace", str(file), "--policy", "round-robin")
+    assert whole["settings"]["requests"] == whole["policies"][0]["requests"] == 30
     slow = document(tmp_path, "sim", "--trace", str(file), "--requests", "20", "--policy", "e2")
     fast = document(tmp_path, "sim", "--trace", str(file), "--requests", "20", "--policy", "e2", "--rate-scale", "4")
     assert slow["settings"]["requests"] == fast["settings"]["requests"] == 20
