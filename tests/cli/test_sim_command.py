@@ -50,6 +50,29 @@ def test_a_table_with_a_row_per_policy(capsys: pytest.CaptureFixture[str]) -> No
     assert legend.endswith("ttft=2,tpot=0.1")
 
 
+@pytest.mark.parametrize("columns", [80, 140])
+def test_a_terminal_shows_every_figure(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A narrow one has a column per policy."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which makes it a terminal for rich
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main([*SMALL, "--policy", "e2,prefix-affinity", "--replicas", "2"]) == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out).splitlines()
+    assert "…" not in "".join(shown)
+    table = [re.split(r"  +", line.strip()) for line in shown if line.startswith(" ") and line.strip("─ ")]
+    if columns == 140:
+        table = [list(column) for column in zip(*table, strict=True)]
+    figures = {heading: values for heading, *values in table}
+    outcomes = simulate(
+        make_workload("tool-use", requests=40, rate=30.0), Settings(replicas=2), ["e2", "prefix-affinity"]
+    )
+    assert figures["policy"] == ["e2", "prefix-affinity"]
+    assert figures["hit"] == [f"{one.hit_rate:.1%}" for one in outcomes]
+    assert figures["imbalance"] == [f"{one.imbalance:.2f}" for one in outcomes]
+    assert len(figures) == 12
+
+
 def test_the_file_has_every_setting_and_figure(tmp_path: Path) -> None:
     read = document(tmp_path, *SMALL, "--policy", "round-robin,e2", "--replicas", "3", "--seed", "5")
     assert set(read) == {"settings", "policies"}

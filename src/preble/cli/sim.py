@@ -46,7 +46,7 @@ COLUMNS = {
     "goodput": "requests per second within",
 }
 """Heading -> what is to be said about it."""
-LEGEND_WIDTH = 100
+LEGEND_WIDTH = 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,20 +98,21 @@ def _print(outcomes: list[Outcome], slo: SLO) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows = [_row(outcome) for outcome in outcomes]
+    rows = [[*COLUMNS], *(_row(outcome) for outcome in outcomes)]
     console = Console(highlight=False)
-    if console.is_terminal:
+    if not console.is_terminal:
+        widths = _widths(rows)
+        for first, *others in rows:
+            print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip())
+    else:
+        if sum(_widths(rows)) + 2 * len(COLUMNS) > console.width:
+            rows = [list(row) for row in zip(*rows, strict=True)]  # a column per policy
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for number, heading in enumerate(COLUMNS):
+        for number, heading in enumerate(rows[0]):
             table.add_column(heading, justify="right" if number else "left")
-        for row in rows:
+        for row in rows[1:]:
             table.add_row(*row)
         console.print(table)
-    else:
-        widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-        for first, *others in ([*COLUMNS], *rows):
-            cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-            print("  ".join(cells).rstrip())
     legend = "; ".join(f"{heading}: {meaning}" for heading, meaning in COLUMNS.items() if meaning)
     print(textwrap.fill(f"{legend} {slo}", LEGEND_WIDTH))
     for outcome in outcomes:
@@ -120,6 +121,11 @@ def _print(outcomes: list[Outcome], slo: SLO) -> None:
         lost = outcome.requests - outcome.refused - outcome.completed
         if lost:
             note(f"{outcome.policy}: {lost:,} requests did not end, as every replica is down")
+
+
+def _widths(rows: list[list[str]]) -> list[int]:
+    """Of the columns."""
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
 
 
 def _row(outcome: Outcome) -> list[str]:
