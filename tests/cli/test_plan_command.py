@@ -81,6 +81,19 @@ def test_the_most_may_not_be_enough(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--max-replicas" in last
 
 
+def test_the_status_tells_whether_every_policy_has_an_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, statuses = tmp_path / "plan.json", set()
+    for most in range(1, 8):
+        arguments = ["--slo", "ttft=0.15,tpot=0.015", "--policy", "e2,round-robin,least-loaded"]
+        status = main([*SMALL, *arguments, "--max-replicas", str(most), "--json", str(file)])
+        answers = [one["replicas"] for one in json.loads(file.read_text())["policies"]]
+        assert status == (1 if None in answers else 0)
+        statuses.add((status, None in answers, any(answers)))
+    assert len(statuses) > 1
+
+
 def test_nothing_may_be_enough(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--slo", "tpot=0.001"]) == 1
     _, verdict = capsys.readouterr().out.splitlines()

@@ -11,7 +11,9 @@ from preble.sim.workloads.prompts import PromptBook, Segment
 
 BLOCK = 16
 """Tokens in a block of the trace."""
-PREFIXES = 16
+PREFIXES = 64
+"""So many that some are used for the first time all along: were these few and early, the p99 of TTFT would be the luck
+of a handful of steps."""
 PREFIX_TOKENS = (256, 768)
 OWN_TOKENS = (32, 160)
 OUTPUT_TOKENS = (8, 48)
