@@ -61,6 +61,7 @@ class Asked:
     namespace: str = ""
     priority: int = 0
     deadline: float = float("inf")
+    insists: bool = False
 
 
 @dataclass
@@ -87,9 +88,13 @@ class Seen:
     session: int | None = None
     window: float = 180.0
     prefix: None = None
+    recomputing: tuple[float, ...] = ()
 
     def eviction_seconds(self, index: int) -> float:
         return 0.0
+
+    def recomputing_seconds(self, index: int) -> float:
+        return self.recomputing[index] if self.recomputing else 0.0
 
 
 def view(

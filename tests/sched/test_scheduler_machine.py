@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from preble.sched import E2, POLICIES
+from preble.sched import E2, POLICIES, E2Paper
 from preble.sched.testing import check_policy
 
 
@@ -16,9 +16,14 @@ def test_any_policy_survives_anything(policy: str) -> None:
 SWITCHES = ("eviction_cost", "rebalancing", "autoscaling", "prefill_decode_balance", "late_binding")
 
 
+@pytest.mark.parametrize("switch", ["eviction_cost", "late_binding"])
+def test_e2_survives_without_either_of_its_parts(switch: str) -> None:
+    check_policy(lambda: E2(**{switch: False}), max_examples=100, steps=20)
+
+
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_e2_survives_without_any_of_its_parts(switch: str) -> None:
-    check_policy(lambda: E2(**{switch: False}), max_examples=25, steps=20)
+def test_the_papers_e2_survives_without_any_of_its_parts(switch: str) -> None:
+    check_policy(lambda: E2Paper(**{switch: False}), max_examples=25, steps=20)
 
 
 @pytest.mark.long
@@ -30,5 +35,5 @@ def test_any_policy_survives_anything_for_long(policy: str, steps: int, examples
 
 @pytest.mark.long
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_e2_survives_without_any_of_its_parts_for_long(switch: str) -> None:
-    check_policy(lambda: E2(**{switch: False}), max_examples=600, steps=40)
+def test_the_papers_e2_survives_without_any_of_its_parts_for_long(switch: str) -> None:
+    check_policy(lambda: E2Paper(**{switch: False}), max_examples=600, steps=40)

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
 from preble.errors import InvalidRequest
-from preble.sched import E2, POLICIES, Choice, GlobalScheduler, Placement, Policy, ReplicaView, View
+from preble.sched import E2, POLICIES, Choice, E2Paper, GlobalScheduler, Placement, Policy, ReplicaView, View
 from preble.sched.policies import RoundRobin
 from preble.sched.testing import (
     Arrival,
     E2Machine,
+    E2PaperMachine,
     SchedulerMachine,
     TokenCost,
     arrivals,
@@ -242,7 +243,7 @@ class Fickle(RoundRobin):
         return self.asked % 2 == 0
 
 
-class NoExploitation(E2):
+class NoExploitation(E2Paper):
     """The part of E2 that explores."""
 
     def choose(self, view: View) -> Choice | None:
@@ -250,7 +251,7 @@ class NoExploitation(E2):
         return self._explore(view, free) if free else None
 
 
-class TooLateBinding(E2):
+class TooLateBinding(E2Paper):
     """Waits for replicas that have nothing to do at all."""
 
     def _free(self, replicas: Sequence[ReplicaView]) -> list[int]:
@@ -302,10 +303,11 @@ def test_a_wrong_scheduler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_default_machine_is_that_of_a_name_or_of_what_makes_a_policy() -> None:
     assert issubclass(machine_for("e2"), E2Machine)
     assert issubclass(machine_for(lambda: E2(late_binding=False)), E2Machine)
-    for name in set(POLICIES) - {"e2"}:
+    assert issubclass(machine_for("e2-paper"), E2PaperMachine)
+    for name in set(POLICIES) - {"e2", "e2-paper"}:
         machine = machine_for(name)
         assert issubclass(machine, SchedulerMachine)
-        assert not issubclass(machine, E2Machine)
+        assert not issubclass(machine, E2Machine | E2PaperMachine)
     machine = machine_for(Turns)
     assert machine.__name__ == "TurnsMachine"
     assert machine.TestCase.__name__ == "TurnsMachine.TestCase"

@@ -27,7 +27,18 @@ if TYPE_CHECKING:
     from preble.sched.explanation import Candidate, Explanation
     from preble.sched.hot_prefixes import HotPrefix
     from preble.sched.placement import Placement, Waiting
-    from preble.sched.policies import E2, POLICIES, Choice, Policy, ReplicaView, RequestView, Stretch, TrafficView, View
+    from preble.sched.policies import (
+        E2,
+        POLICIES,
+        Choice,
+        E2Paper,
+        Policy,
+        ReplicaView,
+        RequestView,
+        Stretch,
+        TrafficView,
+        View,
+    )
     from preble.sched.scheduler import GlobalScheduler
 
 _HOMES = {
@@ -49,7 +60,18 @@ _HOMES = {
     "explanation": ("Candidate", "Explanation"),
     "hot_prefixes": ("HotPrefix",),
     "placement": ("Placement", "Waiting"),
-    "policies": ("E2", "POLICIES", "Choice", "Policy", "ReplicaView", "RequestView", "Stretch", "TrafficView", "View"),
+    "policies": (
+        "E2",
+        "POLICIES",
+        "Choice",
+        "E2Paper",
+        "Policy",
+        "ReplicaView",
+        "RequestView",
+        "Stretch",
+        "TrafficView",
+        "View",
+    ),
     "scheduler": ("GlobalScheduler",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -62,6 +84,7 @@ __all__ = [
     "Candidate",
     "Choice",
     "CostModel",
+    "E2Paper",
     "Event",
     "Evicted",
     "Explanation",

@@ -38,6 +38,7 @@ class ReplicaCache:
         "_evicted",
         "_page_size",
         "_prefill_seconds",
+        "_victim_once",
         "_victim_pages",
         "_victim_seconds",
         "bit",
@@ -58,8 +59,10 @@ class ReplicaCache:
         self._evicted = 0
         """Pages that went since the prices were worked out."""
         self._victim_pages = [0]
+        self._victim_once = [0.0]
         self._victim_seconds = [0.0]
-        """Running sums over what would be evicted first: pages, and what losing them costs."""
+        """Running sums over what would be evicted first: pages, what computing them once more takes of those used
+        within the window, and the same times the prompts that used them."""
         self.slot = slot
         self.bit = 1 << slot
         self.capacity_pages = capacity_pages
@@ -85,14 +88,21 @@ class ReplicaCache:
     def eviction_seconds(self, pages: int) -> float:
         """M in the paper: what it costs to lose the `pages` pages that the replica would evict first. Of each run: the
         time to compute it again times the number of prompts within the window that used it."""
+        return self._lost(pages, self._victim_seconds)
+
+    def recomputing_seconds(self, pages: int) -> float:
+        """The time to compute once more the `pages` pages that the replica would evict first, of those that a prompt
+        within the window used."""
+        return self._lost(pages, self._victim_once)
+
+    def _lost(self, pages: int, seconds: list[float]) -> float:
         pages -= len(self.unknown)  # output that no prompt has contained yet goes at no cost
         if pages <= 0:
             return 0.0
-        before = self._seconds_for(self._evicted)
-        return self._seconds_for(self._evicted + pages) - before
+        return self._sum(self._evicted + pages, seconds) - self._sum(self._evicted, seconds)
 
-    def _seconds_for(self, pages: int) -> float:
-        sums, seconds = self._victim_pages, self._victim_seconds
+    def _sum(self, pages: int, seconds: list[float]) -> float:
+        sums = self._victim_pages
         if pages >= sums[-1]:  # go on at the average price
             return seconds[-1] * pages / sums[-1] if sums[-1] else 0.0
         at = bisect_left(sums, pages)
@@ -111,15 +121,16 @@ class ReplicaCache:
 
     def _price(self) -> None:
         self._changes = self._evicted = 0
-        pages, seconds, slot, size = [0], [0.0], self.slot, self._page_size
+        pages, once, seconds, slot, size = [0], [0.0], [0.0], self.slot, self._page_size
         enough = self.capacity_pages * MOST_EVICTED
         for node in self.nodes:
             if slot in node.pins:
                 continue
             count = node.resident[slot].bit_count()
-            price = node.uses * self._prefill_seconds(count * size, node.start) if node.uses else 0.0
+            price = self._prefill_seconds(count * size, node.start) if node.uses else 0.0
             pages.append(pages[-1] + count)
-            seconds.append(seconds[-1] + price)
+            once.append(once[-1] + price)
+            seconds.append(seconds[-1] + node.uses * price)
             if len(pages) > MOST_VICTIMS or pages[-1] > enough:
                 break
-        self._victim_pages, self._victim_seconds = pages, seconds
+        self._victim_pages, self._victim_once, self._victim_seconds = pages, once, seconds

@@ -34,6 +34,7 @@ class Request:
         "decoding",
         "expected_tokens",
         "hint",
+        "insists",
         "ledger",
         "max_tokens",
         "namespace",
@@ -47,6 +48,7 @@ class Request:
         "private_pages",
         "queued",
         "request_id",
+        "service_seconds",
         "session",
         "share",
         "stats",
@@ -86,6 +88,10 @@ class Request:
         """Tokens generated so far, on any replica."""
         self.admitted = False
         """Some replica started on it."""
+        self.service_seconds = 1.0
+        """While it waits in the cluster: what it takes by itself, as far as the policy says."""
+        self.insists = False
+        """It waits, and it is its turn to take any replica that can take it."""
         self.ledger: Ledger | None = None
         self.node: PrefixNode | None = None
         """Where the prompt's whole pages end in the tree, while it is on a replica."""

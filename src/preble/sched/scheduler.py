@@ -46,8 +46,8 @@ class GlobalScheduler:
     a burst of requests cannot herd.
 
     A request that no replica can take waits here. Waiting requests are served by priority (higher first), then
-    deadline (earlier first), then age. `apply`, `poll` and `cancel` return the placements they made possible; after
-    `add_replica` call `poll`.
+    deadline (earlier first), then age, or, where the policy lets them overtake each other, as `Policy.overtakes` says.
+    `apply`, `poll` and `cancel` return the placements they made possible; after `add_replica` call `poll`.
 
     Args:
         replicas: how many there are at the start, numbered from 0.
@@ -96,6 +96,8 @@ class GlobalScheduler:
         self._fleet = Fleet(page_size, window)
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue()
+        self._news = False
+        """Whether something happened since waiting requests were offered the replicas that may matter to them."""
         self._now = float("-inf")
         self._reviewed = float("-inf")
         self._submitted = 0
@@ -151,7 +153,7 @@ class GlobalScheduler:
             request_id, token_ids, now, max_tokens, namespace, priority, deadline, session, expected_tokens
         )
         self._advance(now)
-        placement = self._place(request) if self._waiting.empty else None
+        placement = self._place(request) if self._waiting.empty or self._policy.overtakes else None
         self._fleet.traffic.arrived(self._now)
         self._submitted += 1
         self._requests[request_id] = request
@@ -181,7 +183,9 @@ class GlobalScheduler:
             self._advance(now)
         if ledger is not None:
             handler(ledger, event)
-        return [] if self._waiting.empty else self._place_waiting()
+        if self._waiting.empty or not (self._news or not self._policy.overtakes):
+            return []
+        return self._place_waiting()
 
     def poll(self, now: float) -> list[Placement]:
         """Let time pass; returns the placements that are possible now."""
@@ -225,7 +229,7 @@ class GlobalScheduler:
         if fleet.eligible:
             view = fleet.view(request, match, max(now, self._now), self._lots.copy())
             costs = {one.replica: self._policy.costs(view, index) for index, one in enumerate(view.replicas)}
-            choice = self._choose(view) if self._waiting.empty else None
+            choice = self._choose(view) if self._waiting.empty or self._policy.overtakes else None
             if choice is not None:
                 replica, reason = view.replicas[choice.chosen].replica, choice.reason
         candidates = fleet.candidates(match, costs)
@@ -296,7 +300,7 @@ class GlobalScheduler:
 
     @property
     def waiting(self) -> list[str]:
-        """The requests that wait here, the next one to be served first."""
+        """The requests that wait here, by priority, deadline and age."""
         return [request.request_id for request in self._waiting]
 
     @property
@@ -394,6 +398,7 @@ class GlobalScheduler:
             self._review()
 
     def _review(self) -> None:
+        self._news = True
         self._reviewed = self._now
         self._policy.review(self._fleet.eligible, self._now)
 
@@ -406,6 +411,8 @@ class GlobalScheduler:
         view = fleet.view(request, match, self._now, self._lots)
         choice = self._choose(view)
         if choice is None:
+            if self._policy.overtakes:
+                request.service_seconds = self._policy.service_seconds(view)
             return None
         ledger = fleet.eligible[choice.chosen]
         cached = view.matched[choice.chosen]
@@ -422,13 +429,20 @@ class GlobalScheduler:
     def _place_waiting(self) -> list[Placement]:
         placements: list[Placement] = []
         eligible = self._fleet.eligible
-        while eligible and not self._waiting.empty and self._policy.accepts(eligible):
-            request = self._waiting.first()
+        waiting, accepts = self._waiting, self._policy.accepts
+        self._news = False
+        if not eligible or waiting.empty or not accepts(eligible):
+            return placements
+        offers = iter(waiting.offers(self._now)) if self._policy.overtakes else waiting.in_turn()
+        for request in offers:
             placement = self._place(request)
-            if placement is None:
+            if placement is not None:
+                waiting.serve(request)
+                placements.append(placement)
+                if not accepts(eligible):
+                    break
+            elif not self._policy.overtakes:
                 break
-            self._waiting.remove(request)
-            placements.append(placement)
         return placements
 
     def _obstacle(self) -> str:
@@ -443,6 +457,7 @@ class GlobalScheduler:
     def _admitted(self, ledger: Ledger, event: Admitted) -> None:
         request = ledger.requests.get(event.request_id)
         if request is not None:
+            self._news = True
             self._fleet.admitted(request, event.cached_tokens, self._now)
 
     def _progressed(self, ledger: Ledger, event: Progressed) -> None:
@@ -456,16 +471,19 @@ class GlobalScheduler:
                     return
                 if not request.output_tokens:
                     self._fleet.traffic.started(self._now - request.submitted)
+            self._news = True
             ledger.progress(request, event.computed_tokens, generated)
 
     def _preempted(self, ledger: Ledger, event: Preempted) -> None:
         request = ledger.requests.get(event.request_id)
         if request is not None:
+            self._news = True
             ledger.preempt(request)
 
     def _finished(self, ledger: Ledger, event: Finished) -> None:
         request = ledger.requests.get(event.request_id)
         if request is not None:
+            self._news = True
             self._fleet.finished(request, self._now)
             del self._requests[event.request_id]
 

@@ -66,9 +66,19 @@ class Situation:
 
     def eviction_seconds(self, index: int) -> float:
         """M: the price of what `replicas[index]` must evict to make room for the request."""
+        pages = self._pages_to_evict(index)
+        return self.replicas[index].cache.eviction_seconds(pages) if pages > 0 else 0.0
+
+    def recomputing_seconds(self, index: int) -> float:
+        """The time to compute once more what must go, of what was used within H."""
+        pages = self._pages_to_evict(index)
+        return self.replicas[index].cache.recomputing_seconds(pages) if pages > 0 else 0.0
+
+    def _pages_to_evict(self, index: int) -> int:
+        """How many pages the replica lacks for the request, as far as evicting helps; 0 or less if it lacks none."""
         ledger, request = self.replicas[index], self.request
         cache, size = ledger.cache, ledger.page_size
         evictable = cache.idle_pages + len(cache.unknown)
         tokens = len(request.tokens) + request.expected_tokens - self.matched[index]
         missing = cache.pinned_pages + ledger.private_pages + evictable - int(-tokens // size) - cache.capacity_pages
-        return cache.eviction_seconds(min(missing, evictable)) if missing > 0 else 0.0
+        return min(missing, evictable)

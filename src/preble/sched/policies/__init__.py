@@ -6,6 +6,7 @@ from preble.sched.by_name import by_name
 from preble.sched.policies.base import Choice, Policy, ReplicaView, RequestView, Stretch, TrafficView, View
 from preble.sched.policies.dynamo import Dynamo
 from preble.sched.policies.e2 import E2
+from preble.sched.policies.e2_paper import E2Paper
 from preble.sched.policies.least_loaded import LeastLoaded
 from preble.sched.policies.llm_d import LlmD
 from preble.sched.policies.lmetric import LMetric
@@ -17,7 +18,7 @@ from preble.sched.policies.sglang import SGLang
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
-    for policy in (E2, PMC, PrefixAffinity, LeastLoaded, RoundRobin, SGLang, Dynamo, LMetric, LlmD, Ray)
+    for policy in (E2, E2Paper, PMC, PrefixAffinity, LeastLoaded, RoundRobin, SGLang, Dynamo, LMetric, LlmD, Ray)
 }
 """The policies that have a name."""
 
@@ -37,6 +38,7 @@ __all__ = [
     "E2",
     "POLICIES",
     "Choice",
+    "E2Paper",
     "Policy",
     "ReplicaView",
     "RequestView",

@@ -45,6 +45,10 @@ class RequestView(Protocol):
     def deadline(self) -> float:
         """Seconds on the caller's clock, infinity without one."""
 
+    @property
+    def insists(self) -> bool:
+        """It waits, was overtaken often enough, and takes any replica that can take it (`Policy.overtakes`)."""
+
 
 class ReplicaView(Protocol):
     """A replica's books as of this very moment. Read them, never change them."""
@@ -196,6 +200,10 @@ class View(Protocol):
         """M in the paper: what must go from the cache of `replicas[index]` to make room for the request, as the time to
         compute it again times the number of requests within H that used it. Worked out when asked for."""
 
+    def recomputing_seconds(self, index: int) -> float:
+        """The same without the number of requests: the time to compute once more what must go, of what a request used
+        within H."""
+
 
 class Choice(NamedTuple):
     """A policy's answer."""
@@ -215,6 +223,11 @@ class Policy(ABC):
     """Shown in statistics and explanations."""
     review_every = math.inf
     """Seconds between two calls of `review`."""
+    overtakes = False
+    """What happens to requests that `choose` lets wait. If false, each waits for the one before it. If true, they are
+    offered by priority, then those whose deadline presses, then by response ratio ((wait + p) / p with p from
+    `service_seconds`), and one that still has to wait is overtaken; but every sixteenth turn is the oldest one's of the
+    highest priority, and then it `insists`."""
 
     @abstractmethod
     def choose(self, view: View) -> Choice | None:
@@ -226,6 +239,10 @@ class Policy(ABC):
     def accepts(self, replicas: Sequence[ReplicaView]) -> bool:
         """Whether any of them can take a request at all: a quick test while requests wait, before `choose` is asked."""
         return True
+
+    def service_seconds(self, view: View) -> float:
+        """Where requests may be overtaken: what this one takes by itself, more than 0. Must not change the policy."""
+        return 1.0
 
     def placed(self, view: View, choice: Choice) -> None:  # noqa: B027  # most policies keep nothing
         """The choice was acted upon. Here a policy may change."""

@@ -14,6 +14,7 @@ from preble.sched.testing.arrivals import Arrival, arrivals, bursty_times, names
 from preble.sched.testing.checking import check_policy, machine_for
 from preble.sched.testing.deliveries import deliveries
 from preble.sched.testing.e2_machine import E2Machine
+from preble.sched.testing.e2_paper_machine import E2PaperMachine
 from preble.sched.testing.machine import SchedulerMachine
 from preble.sched.testing.prompts import continuations, prompt_families, prompts
 from preble.sched.testing.token_cost import TokenCost
@@ -22,6 +23,7 @@ from preble.sched.testing.traces import leads_to
 __all__ = [
     "Arrival",
     "E2Machine",
+    "E2PaperMachine",
     "SchedulerMachine",
     "TokenCost",
     "arrivals",

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from preble.errors import InvalidRequest
-from preble.sched.policies import E2, Policy, make_policy
+from preble.sched.policies import E2, E2Paper, Policy, make_policy
 from preble.sched.testing.e2_machine import E2Machine
+from preble.sched.testing.e2_paper_machine import E2PaperMachine
 from preble.sched.testing.machine import SchedulerMachine
 
 
@@ -30,7 +31,11 @@ def machine_for(policy: str | Callable[[], Policy]) -> type[SchedulerMachine]:
         return make_policy(policy if isinstance(policy, str) else policy())
 
     first = made()
-    base = E2Machine if isinstance(first, E2) else SchedulerMachine
+    base: type[SchedulerMachine] = SchedulerMachine
+    if isinstance(first, E2):
+        base = E2Machine
+    elif isinstance(first, E2Paper):
+        base = E2PaperMachine
     return type(f"{type(first).__name__}Machine", (base,), {"new_policy": made, "__module__": __name__})
 
 

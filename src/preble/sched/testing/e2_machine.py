@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from preble.sched.explanation import Explanation
-from preble.sched.invariants import require
+from preble.sched.invariants import require, require_close
 from preble.sched.placement import Placement, Waiting
 from preble.sched.policies import E2
+from preble.sched.policies.e2 import has_room
 from preble.sched.testing.machine import SchedulerMachine
 from preble.sched.testing.model import ModelRequest
 
@@ -15,37 +16,31 @@ class E2Machine(SchedulerMachine):
 
     def decided(self, before: Explanation, answer: Placement | Waiting) -> None:
         assert isinstance(self.policy, E2)
+        candidates = {one.replica: one for one in before.candidates if one.state == "up"}
+        scores = {replica: one.costs["score_seconds"] for replica, one in candidates.items()}
         if isinstance(answer, Waiting):
+            best = [replica for replica, score in scores.items() if score <= min(scores.values())]
+            require(
+                not scores or not all(has_room(self.books(replica)) for replica in best),
+                f"{answer}, though there is room where it costs least: {scores}",
+            )
             return
-        cached = {one.replica: one.cached_tokens for one in before.candidates if one.state == "up"}
-        longest = max(cached.values())
-        holders = {replica for replica, tokens in cached.items() if tokens == longest}
-        worth = longest > before.prompt_tokens - longest and len(holders) < len(cached)
+        require_close(scores[answer.replica], min(scores.values()), f"{answer}, and the scores are {scores}")
+        cached = {replica: one.cached_tokens for replica, one in candidates.items()}
+        longest, here = max(cached.values()), cached[answer.replica]
         where = f"{answer}, though these tokens are cached: {cached}, of {before.prompt_tokens}"
-        if answer.reason == "explore":
-            require(not worth, where)
-        else:
-            require(worth, where)
-            require(answer.reason in ("exploit", "rebalance", "replicate", "relieve"), where)
         if answer.reason == "exploit":
-            require(answer.replica in holders, where)
-        if answer.reason == "relieve" and not self.policy.autoscaling:  # which may retire a holder
-            require(answer.replica not in holders, where)
-        idle = all(one.in_flight == 0 for one in before.candidates)
-        loads = [self.load(replica) for replica in cached]
-        if idle and max(loads) - min(loads) <= 0.0:
-            require(answer.reason in ("exploit", "explore", "replicate"), f"{where}, and nothing is out of balance")
+            require(here == longest > min(cached.values()), where)
+        elif answer.reason == "replicate":
+            require(here < longest and 2 * longest > before.prompt_tokens, where)
+        else:
+            require(answer.reason == "explore", where)
 
     def must_wait(self, request: ModelRequest) -> None:
         super().must_wait(request)
         assert isinstance(self.policy, E2)
-        for replica in self.eligible:
-            books = self.books(replica)
-            full = books.unique_pages * books.page_size > books.capacity_tokens
-            late = books.queued_prefill_seconds > self.policy.saturation
-            require(bool(books.queued) and (full or late), f"{request.name} waits, and replica {replica} is free")
-
-    def load(self, replica: int) -> float:
-        """L: seconds of the requests placed there within the window."""
-        books = self.books(replica)
-        return books.window_prefill_seconds + books.window_decode_seconds
+        require(self.policy.late_binding, f"{request.name} waits")
+        require(
+            not all(has_room(self.books(replica)) for replica in self.eligible),
+            f"{request.name} waits, and every replica has room",
+        )

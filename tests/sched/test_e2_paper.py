@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from e2_world import DOCUMENT, PerToken, World, ask, tokens
+from e2_paper_world import DOCUMENT, PerToken, World, ask, tokens
 
 from preble.sched import Admitted, Finished, Progressed
 

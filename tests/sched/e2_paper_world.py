@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from preble.sched import (
-    E2,
     Admitted,
     CostModel,
+    E2Paper,
     Evicted,
     Finished,
     GlobalScheduler,
@@ -44,7 +44,7 @@ class World:
     def __init__(self, replicas: int = 2, *, cost: CostModel | None = None, seed: int = 0, **switches: Any) -> None:
         capacity = switches.pop("capacity_tokens", 1_000_000)
         window = switches.pop("window", 100.0)
-        self.policy = E2(**switches)
+        self.policy = E2Paper(**switches)
         self.now = 0.0
         self.scheduler = GlobalScheduler(
             replicas,
