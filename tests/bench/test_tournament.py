@@ -219,7 +219,7 @@ def test_the_key_tells_everything_apart(tmp_path: Path) -> None:
 # Runs
 
 
-def test_saturation_is_what_round_robin_can_do(played: Tournament) -> None:
+def test_saturation_is_what_a_router_that_reuses_prefixes_can_do(played: Tournament) -> None:
     """All at once, it does its requests in the busy time of its replicas; far below that rate these are idle."""
     row = played.results.get(played.saturation_job(played.settings[0]))
     assert row is not None

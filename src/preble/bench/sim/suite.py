@@ -197,8 +197,8 @@ def _about(args: argparse.Namespace, tournament: Tournament) -> str:
     unit = (
         "1 is the rate that the paper's authors gave each workload"
         if args.grid == PAPER
-        else "1 is saturation: the requests of a round-robin run in which all arrive at once, by the mean busy "
-        "seconds of its replicas"
+        else "1 is saturation: the requests of a run of pmc in which all arrive at once, by the mean busy seconds "
+        "of its replicas"
     )
     facts = {
         "requests": f"{', '.join(dict.fromkeys(one.source.name for one in settings))}; of each {amounts}",

@@ -1,10 +1,10 @@
 """Runs the jobs of a tournament side by side, each once.
 
-The rates of a tournament are multiples of saturation. **Saturation** of a fleet on a trace is the rate at which round
-robin keeps every replica busy all the time: in a run in which all requests arrive at once, so that batches are as
-full as they can be, the requests completed, divided by the mean of the replicas' busy seconds. It is a property of
-trace, cost model and number of replicas, worked out without any of the policies that are compared, but for round
-robin.
+The rates of a tournament are multiples of saturation. **Saturation** of a fleet on a trace is the rate at which a
+router that reuses prefixes well (`pmc`) keeps every replica busy all the time: in a run in which all requests arrive at
+once, so that batches are as full as they can be, the requests completed, divided by the mean of the replicas' busy
+seconds. So it is a property of trace, cost model and number of replicas. What round robin can do would not serve: where
+prompts are long and shared it is a fraction of that, and all of its multiples would be light loads for everybody else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from preble.bench.sim.worker import PeerFailed, perform, prepare
 from preble.errors import InvalidRequest, PrebleError
 from preble.progress import progress_bar
 
-SATURATED_BY = Entry("round-robin", "hrrn")
+SATURATED_BY = Entry("pmc", "hrrn")
 
 
 @dataclass(frozen=True, slots=True)
