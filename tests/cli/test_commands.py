@@ -60,6 +60,7 @@ def test_the_commands_are_those_of_the_documentation() -> None:
             " bench fidelity",
             " bench gpu",
             " bench sched",
+            " bench sim",
         )
     }
 

@@ -72,9 +72,10 @@ def test_times_never_fall_and_are_never_negative(steps: list[tuple[float, int, i
     assert cost.step_seconds((), 0, 0) == cost.prefill_seconds(0) == 0
 
 
-def test_a_throttled_replica_gets_less_to_do() -> None:
+def shares(policy: str) -> Counter[int]:
+    """Of 180 requests, one at a time, on two replicas and one that is four times slower."""
     random = np.random.default_rng(2)
-    scheduler = GlobalScheduler(3, capacity_tokens=1_000_000, page_size=16)
+    scheduler = GlobalScheduler(3, capacity_tokens=1_000_000, page_size=16, policy=policy)
     for _ in range(200):
         for replica, slowness in enumerate([1.0, 1.0, 4.0]):
             scheduler.apply(step(random, slowness, replica), now=0.0)
@@ -85,8 +86,17 @@ def test_a_throttled_replica_gets_less_to_do() -> None:
         assert isinstance(answer, Placement)
         counts[answer.replica] += 1
         scheduler.cancel(answer.request_id, now=1.0 + number)
+    return counts
+
+
+def test_a_throttled_replica_gets_less_to_do() -> None:
+    counts = shares("e2-paper")
     assert counts[2] == pytest.approx(180 / 9, abs=6)
     assert counts[0] == pytest.approx(counts[1], abs=8)
+
+
+def test_e2_does_without_a_throttled_replica_while_others_are_idle() -> None:
+    assert shares("e2")[2] == 0
 
 
 def test_replicas_of_different_kinds_learn_apart() -> None:
