@@ -433,7 +433,7 @@ class GlobalScheduler:
         self._news = False
         if not eligible or waiting.empty or not accepts(eligible):
             return placements
-        offers = iter(waiting.offers(self._now)) if self._policy.overtakes else waiting.in_turn()
+        offers = waiting.offers(self._now) if self._policy.overtakes else waiting.in_turn()
         for request in offers:
             placement = self._place(request)
             if placement is not None:

@@ -66,9 +66,9 @@ class WaitingQueue:
         while self._last_first:
             yield self._last_first[-1]
 
-    def offers(self, now: float) -> list[Request]:
+    def offers(self, now: float) -> Iterator[Request]:
         """Who may take a replica now, first come first: those of the highest response ratio, and a few others by turns.
-        In a turn of the oldest it comes first, and insists."""
+        Where a turn of the oldest begins, it comes before whoever is left, and insists."""
         waiting = self._last_first
         offered = heapq.nsmallest(OFFERED, waiting, key=lambda request: _overtaking(request, now))
         count = len(waiting)
@@ -77,11 +77,15 @@ class WaitingQueue:
             chosen = set(offered)
             offered += [one for one in islice(waiting, self._looked, self._looked + LOOKED_UP) if one not in chosen]
             self._looked += LOOKED_UP
-        if (self._turns + 1) % OLDEST_EVERY == 0:
-            oldest = min(waiting, key=lambda request: (-request.priority, request.number))
-            oldest.insists = True
-            offered = [oldest, *(one for one in offered if one is not oldest)]
-        return offered
+        oldest: Request | None = None
+        for request in offered:
+            # Asked before each: those before it may have been served meanwhile.
+            if oldest is None and (self._turns + 1) % OLDEST_EVERY == 0:
+                oldest = min(waiting, key=lambda request: (-request.priority, request.number))
+                oldest.insists = True
+                yield oldest
+            if request is not oldest:
+                yield request
 
 
 def _lateness(request: Request) -> tuple[float, float, int]:

@@ -30,13 +30,15 @@ SHORTEST = 1e-9
 class E2(Policy):
     """Exploitation and exploration, weighed in one currency: GPU seconds that somebody waits.
 
-    score = W + KV + 2 (λ/N) W Δp φ + ω (n D / (D + drain(x)) Δs φ + D + n ΔD) + M / 2
+    score = W + KV + 2 (λ/N) W Δp φ + ω (n D / (D + drain(x)) Δs φ + D + n ΔD) + M / 2 - S
 
     The smallest wins, ties are drawn by lot. `Projection` says what the letters mean; in short: the request's own wait
     for its first token and for pages, what its prefill costs those who come and those who decode, and what its decoding
     costs itself and the others. M is the time to compute again what must be evicted to make room
     (`View.recomputing_seconds`): of pages used within H, half are expected to be wanted again. The paper multiplies it
-    by the requests that used them; but whoever misses them first computes them for all.
+    by the requests that used them; but whoever misses them first computes them for all. S = (1 - φ) Δp is the part of
+    the prefill that others in flight will share, if the replica has room for a copy of the prefix (M = 0): then a copy
+    is an investment, otherwise it displaces what is used.
 
     A replica that has much of the prompt wins by a small W, Δp and Δs: it is exploited until waiting there costs more
     than computing the prefix again elsewhere, for which nothing needs to be set.
@@ -44,8 +46,8 @@ class E2(Policy):
     *Late binding.* A replica has room while its backlog fits into two full steps and nobody waits there for pages. A
     request whose best replica has no room waits in the cluster, where it can still go to whichever turns out best.
     Those who wait are offered the replicas in the order of their response ratio, (wait + p) / p, p being the prefill of
-    what they miss at best, so that short ones overtake long ones; every sixteenth turn is the oldest one's, who takes
-    any room there is.
+    what they miss at best, so that short ones overtake long ones; every 64th turn is the oldest one's, who takes any
+    room there is.
 
     Args:
         eviction_cost: count M.
@@ -65,28 +67,28 @@ class E2(Policy):
         replicas = view.replicas
         projection = Projection(view)
         insists = view.request.insists
-        best: list[tuple[int, Terms, float]] = []
+        best: list[tuple[int, Terms]] = []
         lowest = math.inf
         for index, replica in enumerate(replicas):
             if insists and not has_room(replica):
                 continue
             terms = projection.terms(index, lowest)
-            if terms is None or (score := _score(terms)) > lowest:
+            if terms is None:
                 continue
-            eviction = self._eviction(view, index)
-            score += eviction
+            eviction, shared = self._copying(view, index, terms)
+            score = _score(terms, eviction, shared)
             if score > lowest:
                 continue
             if score < lowest:
                 lowest = score
                 best.clear()
-            best.append((index, terms, eviction))
+            best.append((index, terms))
         if not best:
             return None
-        index, terms, eviction = best[draw(view, list(range(len(best))))]
+        index, terms = best[draw(view, list(range(len(best))))]
         if self.late_binding and not has_room(replicas[index]):
             return None
-        return Choice(index, _reason(view, index), self._named(terms, eviction))
+        return Choice(index, _reason(view, index), self._named(view, index, terms))
 
     def accepts(self, replicas: Sequence[ReplicaView]) -> bool:
         return not self.late_binding or any(map(has_room, replicas))
@@ -99,22 +101,25 @@ class E2(Policy):
     def costs(self, view: View, index: int) -> Mapping[str, float]:
         terms = Projection(view).terms(index)
         assert terms is not None
-        return self._named(terms, self._eviction(view, index))
+        return self._named(view, index, terms)
 
-    def _eviction(self, view: View, index: int) -> float:
-        return WANTED_AGAIN * view.recomputing_seconds(index) if self.eviction_cost else 0.0
+    def _copying(self, view: View, index: int, terms: Terms) -> tuple[float, float]:
+        """M / 2, and S."""
+        eviction = WANTED_AGAIN * view.recomputing_seconds(index) if self.eviction_cost else 0.0
+        return eviction, 0.0 if eviction else (1 - terms.discount) * terms.prefill
 
-    @staticmethod
-    def _named(terms: Terms, eviction: float) -> dict[str, float]:
-        costs = named(terms)
-        costs["arrivals_seconds"] *= FOLLOWERS
-        costs["eviction_seconds"] = eviction
-        costs["score_seconds"] = _score(terms) + eviction
-        return costs
+    def _named(self, view: View, index: int, terms: Terms) -> dict[str, float]:
+        eviction, shared = self._copying(view, index, terms)
+        return named(terms) | {
+            "arrivals_seconds": FOLLOWERS * terms.arrivals,
+            "eviction_seconds": eviction,
+            "shared_seconds": shared,
+            "score_seconds": _score(terms, eviction, shared),
+        }
 
 
-def _score(terms: Terms) -> float:
-    return terms.seconds + (FOLLOWERS - 1) * terms.arrivals
+def _score(terms: Terms, eviction: float, shared: float) -> float:
+    return terms.seconds + (FOLLOWERS - 1) * terms.arrivals + eviction - shared
 
 
 def has_room(replica: ReplicaView) -> bool:

@@ -28,6 +28,8 @@ class Terms(NamedTuple):
     """Added to the decoding of the others, times ω."""
     discount: float
     """φ, by which `arrivals` and `stall` are multiplied already."""
+    prefill: float
+    """Δp: its own prefill, a part of W."""
 
     @property
     def seconds(self) -> float:
@@ -75,7 +77,7 @@ class Projection:
         """1/f̄ - 1 by cached tokens."""
 
     def terms(self, index: int, limit: float = math.inf) -> Terms | None:
-        """The terms of a replica, or `None` as soon as their sum is sure to be above the limit."""
+        """The terms of a replica, or `None` as soon as their sum, be it without Δp, is sure to be above the limit."""
         replica, output, omega = self._view.replicas[index], self._output, self._omega
         new = self._prompt - self.matched[index] or 1
         in_flight, decoding, page_size = replica.in_flight, replica.decoding, replica.page_size
@@ -85,7 +87,7 @@ class Projection:
         wait = drain + longer
         if decoding:
             wait += steps * (decode_seconds(decoding, replica.decode_context_tokens) - alone)
-        if wait > limit:
+        if wait - longer > limit:
             return None
 
         context = replica.total_pages * page_size
@@ -103,7 +105,8 @@ class Projection:
             stall = longer - added * alone
             if stall > 0 and decode > 0:
                 stalled = omega * in_flight * decode / (decode + drain) * stall * discount
-        return Terms(wait, pages, self._rate * wait * longer * discount, stalled, omega * decode, slowdown, discount)
+        arrivals = self._rate * wait * longer * discount
+        return Terms(wait, pages, arrivals, stalled, omega * decode, slowdown, discount, longer)
 
     def _prefill(self, replica: ReplicaView, new: int) -> tuple[float, float, int, int]:
         """drain(x), Δp, all steps until the request's first token, and how many of them it adds."""
