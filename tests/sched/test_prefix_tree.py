@@ -434,11 +434,17 @@ def test_an_eviction_costs_what_is_computed_again_for_all_who_used_it(tree: Pref
     assert cache.eviction_seconds(2) == 2 * seconds(4, 0), "the least recently used first, twice used"
     assert cache.eviction_seconds(5) == 2 * seconds(4, 0) + 2 * seconds(6, 0)
     assert cache.eviction_seconds(1) == seconds(4, 0), "half of a run at half of its price"
+    assert cache.recomputing_seconds(0) == 0.0
+    assert cache.recomputing_seconds(2) == seconds(4, 0), "once, whoever misses it"
+    assert cache.recomputing_seconds(5) == seconds(4, 0) + seconds(6, 0)
+    assert cache.recomputing_seconds(1) == seconds(4, 0) / 2
     tree.leave(cache, enter(tree, cache, LONG[:4]))
     assert cache.eviction_seconds(3) == 2 * seconds(6, 0), "it was used again, so the other goes first"
+    assert cache.recomputing_seconds(3) == seconds(6, 0)
     tree.sweep(2 * WINDOW)
     tree.store(cache, hashes(prompt(8, 8)))
     assert cache.eviction_seconds(6) == 0.0, "nobody used any of it within the window"
+    assert cache.recomputing_seconds(6) == 0.0
 
 
 def test_pages_in_use_have_no_price_and_strangers_go_first(tree: PrefixTree, cache: ReplicaCache) -> None:
@@ -447,10 +453,12 @@ def test_pages_in_use_have_no_price_and_strangers_go_first(tree: PrefixTree, cac
     end = enter(tree, cache, prompt(5, 5))
     tree.store(cache, hashes(prompt(5, 5)))
     assert cache.evictable_pages == 4
-    assert cache.eviction_seconds(2) == 0.0, "strangers cost nothing"
+    assert cache.eviction_seconds(2) == cache.recomputing_seconds(2) == 0.0, "strangers cost nothing"
     assert cache.eviction_seconds(4) == 2 * seconds(4, 0)
+    assert cache.recomputing_seconds(4) == seconds(4, 0)
     tree.leave(cache, end)
     assert cache.eviction_seconds(5) == 2 * seconds(4, 0) + seconds(2, 0)
+    assert cache.recomputing_seconds(5) == seconds(4, 0) + seconds(2, 0)
 
 
 def test_prices_are_kept_up_to_date_now_and_then(tree: PrefixTree, other: ReplicaCache) -> None:
@@ -466,8 +474,34 @@ def test_prices_are_kept_up_to_date_now_and_then(tree: PrefixTree, other: Replic
     each = 2 * seconds(2, 0)
     assert cache.eviction_seconds(3) == 3 * each
     assert cache.eviction_seconds(10 * MOST_VICTIMS) == pytest.approx(10 * MOST_VICTIMS * each)
+    assert cache.recomputing_seconds(10 * MOST_VICTIMS) == pytest.approx(5 * MOST_VICTIMS * each)
     tree.evict(cache, hashes(runs[0]))
     assert cache.eviction_seconds(3) == 3 * each, "the next three"
+    assert cache.recomputing_seconds(3) == 3 * each / 2
+
+
+def test_recomputing_counts_used_pages_once_however_many_used_them(tree: PrefixTree, cache: ReplicaCache) -> None:
+    """5, 1 and 3 uses of three prompts; the tree never heard of the tokens of a fourth one. Those of the first were
+    used before the window began."""
+    prompts = [prompt(token, token, token, token) for token in (1, 2, 3)]
+    for tokens, uses in zip(prompts, (5, 1, 3), strict=True):
+        now = 0.0 if tokens is prompts[0] else WINDOW
+        tree.store(cache, hashes(tokens))
+        share(tree, cache, tokens, now)
+        for _ in range(uses - 2):
+            tree.leave(cache, enter(tree, cache, tokens, now))
+    tree.store(cache, hashes(prompt(4, 4)))
+    tree.sweep(WINDOW + 1)
+    tree.leave(cache, enter(tree, cache, prompts[0][:2], WINDOW + 1))
+    for one, pages, recomputed, weighed in (
+        ("the stranger", 1, 0.0, 0.0),
+        ("the unused half of the first", 2, 0.0, 0.0),
+        ("the second", 4, 4.0, 8.0),
+        ("the third", 6, 8.0, 20.0),
+        ("the half of the first that was used again", 7, 10.0, 22.0),
+    ):
+        assert cache.recomputing_seconds(pages) == pytest.approx(recomputed), one
+        assert cache.eviction_seconds(pages) == pytest.approx(weighed), one
 
 
 # Which statements are news

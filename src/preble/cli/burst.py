@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 REASONS = {
     "exploit": "to the replica that has the prompt's prefix",
-    "explore": "to the least load, as no replica has most of the prompt, or all have",
+    "explore": "to where it costs least, as no replica has most of the prompt, or all have as much",
     "rebalance": "to the least loaded replica, as the one with the prefix had more than its share",
     "replicate": "to a replica that gets a copy of a prefix in demand",
     "relieve": "away from the prefix, as waiting there costs more than computing it again",
