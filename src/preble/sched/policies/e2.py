@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from heapq import nsmallest
 
 from preble.sched.policies.base import Choice, Policy, ReplicaView, View, draw
 from preble.sched.policies.pmc import named
@@ -23,6 +24,9 @@ BACKLOG_SECONDS = 0.5
 WANTED_AGAIN = 0.5
 """Of pages that are evicted though a request used them within H, the share that will be computed again."""
 
+MOST_WEIGHED = 16
+"""Of a larger fleet so many replicas are weighed, so that a decision does not take longer the more there are."""
+
 SHORTEST = 1e-9
 """Seconds that any prefill takes, whatever the cost model says."""
 
@@ -39,6 +43,9 @@ class E2(Policy):
     by the requests that used them; but whoever misses them first computes them for all. S = (1 - φ) Δp is the part of
     the prefill that others in flight will share, if the replica has room for a copy of the prefix (M = 0): then a copy
     is an investment, otherwise it displaces what is used.
+
+    Of more than 16 replicas those 16 are weighed that come first by the product of tokens to compute and requests (the
+    rule of `lmetric`), which is quickly worked out.
 
     A replica that has much of the prompt wins by a small W, Δp and Δs: it is exploited until waiting there costs more
     than computing the prefix again elsewhere, for which nothing needs to be set.
@@ -69,8 +76,8 @@ class E2(Policy):
         insists = view.request.insists
         best: list[tuple[int, Terms]] = []
         lowest = math.inf
-        for index, replica in enumerate(replicas):
-            if insists and not has_room(replica):
+        for index in _candidates(view):
+            if insists and not has_room(replicas[index]):
                 continue
             terms = projection.terms(index, lowest)
             if terms is None:
@@ -116,6 +123,19 @@ class E2(Policy):
             "shared_seconds": shared,
             "score_seconds": _score(terms, eviction, shared),
         }
+
+
+def _candidates(view: View) -> Sequence[int]:
+    """The positions of the replicas to be weighed; a request that insists may go to any."""
+    replicas, prompt_tokens = view.replicas, view.request.prompt_tokens
+    if len(replicas) <= MOST_WEIGHED or view.request.insists:
+        return range(len(replicas))
+    products = [
+        (replica.queued_prefill_tokens + prompt_tokens - matched + 1) * (replica.in_flight + 1)
+        for replica, matched in zip(replicas, view.matched, strict=True)
+    ]
+    first = nsmallest(MOST_WEIGHED, range(len(replicas)), key=products.__getitem__)
+    return sorted(first)
 
 
 def _score(terms: Terms, eviction: float, shared: float) -> float:
