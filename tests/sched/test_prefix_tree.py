@@ -481,10 +481,10 @@ def test_prices_are_kept_up_to_date_now_and_then(tree: PrefixTree, other: Replic
 
 
 def test_recomputing_counts_used_pages_once_however_many_used_them(tree: PrefixTree, cache: ReplicaCache) -> None:
-    """5, 1 and 3 uses of three prompts; the tree never heard of the tokens of a fourth one. Those of the first were
+    """5, 2 and 3 uses of three prompts; the tree never heard of the tokens of a fourth one. Those of the first were
     used before the window began."""
     prompts = [prompt(token, token, token, token) for token in (1, 2, 3)]
-    for tokens, uses in zip(prompts, (5, 1, 3), strict=True):
+    for tokens, uses in zip(prompts, (5, 2, 3), strict=True):
         now = 0.0 if tokens is prompts[0] else WINDOW
         tree.store(cache, hashes(tokens))
         share(tree, cache, tokens, now)
