@@ -213,6 +213,43 @@ def test_the_lot_decides_before_room_is_asked_for() -> None:
     assert {E2().choose(view(replicas, seed=seed)) for seed in range(20)} == {None}
 
 
+# Many replicas
+
+
+def fleet(count: int, quiet: Counter[int], matched: dict[int, int] | None = None, **asked: Any) -> View:
+    """So many replicas with 10 requests each, or fewer where it says so."""
+    replicas = [Books(number, quiet.get(number, 10), cost=COST) for number in range(count)]
+    return view(replicas, [(matched or {}).get(number, 0) for number in range(count)], asked=Asked(**asked))
+
+
+def test_of_a_large_fleet_sixteen_are_weighed() -> None:
+    """(100 tokens + 1) times 11 requests, in order of number; whoever has less of either comes first. The cheapest is
+    the only one that need not evict anything."""
+    for cheapest, weighed in ((15, True), (16, False), (19, False)):
+        lost = [9.0] * cheapest + [0.0] + [9.0] * (19 - cheapest)
+        choice = chosen(losing(fleet(20, Counter()), *lost))
+        assert (choice.chosen == cheapest) is weighed
+    lost = [9.0] * 19 + [0.0]
+    assert chosen(losing(fleet(20, Counter({19: 9})), *lost)).chosen == 19, "one request less"
+    assert chosen(losing(fleet(20, Counter(), {19: 10}), *lost)).chosen == 19, "ten tokens less"
+    assert chosen(losing(fleet(16, Counter()), *lost[4:])).chosen == 15
+
+
+def test_a_backlog_counts_among_many() -> None:
+    seen = fleet(17, Counter())
+    for one in seen.replicas[:16]:
+        assert isinstance(one, Books)
+        one.queued_prefill_tokens = 1
+    assert chosen(losing(seen, *[9.0] * 16, 0.0)).chosen == 16
+
+
+def test_one_that_insists_may_go_to_any_of_many() -> None:
+    lost = [9.0] * 19 + [0.0]
+    assert chosen(losing(fleet(20, Counter(), insists=True), *lost)).chosen == 19
+    replicas = [full(number) for number in range(39)] + [Books(39, 99, 200, cost=COST)]
+    assert chosen(view(replicas, asked=Asked(insists=True))).chosen == 39
+
+
 # Why
 
 
