@@ -140,8 +140,8 @@ class GlobalScheduler:
             namespace: prefixes are shared only within one.
             priority: higher is served first.
             deadline: seconds on the same clock; among equals of priority the earliest is served first.
-            session: a name for the conversation or agent it belongs to, unique within the namespace. Among replicas
-                that are as good as equal its last one is preferred.
+            session: a name for the conversation or agent it belongs to, unique within the namespace. Among equally
+                good replicas its last one is preferred.
             expected_tokens: how many it will probably generate, at least 1; learned per prefix where it is not given.
 
         Raises:

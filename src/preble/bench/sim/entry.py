@@ -15,7 +15,7 @@ WORDS = {"on": True, "off": False}
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A policy and an order, as they are written: `e2:rebalancing=off:patience=3@fcfs`."""
+    """A policy and an order, as they are written: `e2-paper:rebalancing=off:patience=3@fcfs`."""
 
     policy: str
     """Its name and its switches, or the name of a peer."""

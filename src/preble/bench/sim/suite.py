@@ -1,9 +1,9 @@
 """Policies against each other in simulation: every one of them on every setting of a grid.
 
 A setting is a trace (or workload), a number of replicas, a cost model and a load, which is a multiple of the rate at
-which round robin would be busy all the time. Finished runs are kept in a file of the output folder, and not run again
-unless the schedulers, the simulator, the policy or the trace have changed. The report compares everybody with one of
-them.
+which a router that reuses prefixes well (`pmc`) is busy all the time. Finished runs are kept in a file of the output
+folder, and not run again unless the schedulers, the simulator, the policy or the trace have changed. The report
+compares everybody with one of them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policies",
         metavar="P[,P…]",
         help=f"of {', '.join(POLICIES)}, each with switches and an order if you like, as in "
-        f"e2:rebalancing=off@fcfs; or other routers by their own code: {', '.join(PEERS)}",
+        f"e2-paper:rebalancing=off@fcfs; or other routers by their own code: {', '.join(PEERS)}",
     )
     parser.add_argument("--reference", metavar="P", help="whom the others are compared with")
     parser.add_argument(

@@ -226,7 +226,7 @@ class Policy(ABC):
     overtakes = False
     """What happens to requests that `choose` lets wait. If false, each waits for the one before it. If true, they are
     offered by priority, then those whose deadline presses, then by response ratio ((wait + p) / p with p from
-    `service_seconds`), and one that still has to wait is overtaken; but every sixteenth turn is the oldest one's of the
+    `service_seconds`), and one that still has to wait is overtaken; but every 64th turn is the oldest one's of the
     highest priority, and then it `insists`."""
 
     @abstractmethod

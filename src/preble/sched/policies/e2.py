@@ -36,13 +36,13 @@ class E2(Policy):
 
     score = W + KV + 2 (λ/N) W Δp φ + ω (n D / (D + drain(x)) Δs φ + D + n ΔD) + M / 2 - S
 
-    The smallest wins, ties are drawn by lot. `Projection` says what the letters mean; in short: the request's own wait
-    for its first token and for pages, what its prefill costs those who come and those who decode, and what its decoding
-    costs itself and the others. M is the time to compute again what must be evicted to make room
-    (`View.recomputing_seconds`): of pages used within H, half are expected to be wanted again. The paper multiplies it
-    by the requests that used them; but whoever misses them first computes them for all. S = (1 - φ) Δp is the part of
-    the prefill that others in flight will share, if the replica has room for a copy of the prefix (M = 0): then a copy
-    is an investment, otherwise it displaces what is used.
+    The smallest wins; of equals the session's last replica, or one by lot. `Projection` says what the letters mean; in
+    short: the request's own wait for its first token and for pages, what its prefill costs those who come and those who
+    decode, and what its decoding costs itself and the others. M is the time to compute again what must be evicted to
+    make room (`View.recomputing_seconds`): of pages used within H, half are expected to be wanted again. The paper
+    multiplies it by the requests that used them; but whoever misses them first computes them for all. S = (1 - φ) Δp is
+    the part of the prefill that others in flight will share, if the replica has room for a copy of the prefix (M = 0):
+    then a copy is an investment, otherwise it displaces what is used.
 
     Of more than 16 replicas those 16 are weighed that come first by the product of tokens to compute and requests (the
     rule of `lmetric`), which is quickly worked out.
@@ -92,7 +92,8 @@ class E2(Policy):
             best.append((index, terms))
         if not best:
             return None
-        index, terms = best[draw(view, list(range(len(best))))]
+        at = next((at for at, (index, _) in enumerate(best) if index == view.session), None)
+        index, terms = best[draw(view, list(range(len(best)))) if at is None else at]
         if self.late_binding and not has_room(replicas[index]):
             return None
         return Choice(index, _reason(view, index), self._named(view, index, terms))
