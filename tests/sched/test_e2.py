@@ -128,6 +128,16 @@ def test_an_investment_decides() -> None:
     assert chosen(losing(seen, 0.0, 0.01)).chosen == 0
 
 
+def test_an_investment_is_not_dismissed_for_its_own_prefill() -> None:
+    """At the holder it is the 4 s of the backlog and 1.01 s; a copy takes 6 s, of which others take over 4.5."""
+    replicas = [Books(cost=COST, in_flight=8, queued_prefill_tokens=200), Books(cost=COST, in_flight=2)]
+    asked = Asked(300, expected_tokens=0.01)
+    seen = view(replicas, [300, 0], asked=asked, traffic=Traffic(0, 1, 1e6), stretches=[(0, 300, 5, 1)])
+    assert [costs(seen, index)["wait_seconds"] for index in (0, 1)] == [pytest.approx(5.01), pytest.approx(6)]
+    assert costs(seen, 1)["shared_seconds"] == pytest.approx(4.5)
+    assert chosen(seen).chosen == 1
+
+
 @given(views(), st.lists(st.sampled_from([0.0, 0.5, 40.0]), min_size=4, max_size=4), st.booleans(), st.booleans())
 def test_the_score_is_pmcs_with_arrivals_twice_and_what_is_lost_or_shared(
     seen: View, lost: list[float], eviction_cost: bool, late_binding: bool
@@ -205,6 +215,22 @@ def test_equals_are_drawn_by_lot() -> None:
     counts = Counter(chosen(view(replicas, seed=seed)).chosen for seed in range(300))
     assert set(counts) == {1, 2, 3}
     assert max(counts.values()) < 150
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_of_equals_the_sessions_last_replica_is_preferred(last: int) -> None:
+    for seed in range(20):
+        seen = view([Books(cost=COST, in_flight=k) for k in (3, 1, 1, 1)], seed=seed)
+        assert isinstance(seen, Seen)
+        seen.session = last
+        assert chosen(seen).chosen == last
+
+
+def test_a_session_moves_where_its_last_replica_costs_more() -> None:
+    seen = view([Books(cost=COST, in_flight=1), Books(cost=COST)])
+    assert isinstance(seen, Seen)
+    seen.session = 0
+    assert chosen(seen).chosen == 1
 
 
 def test_the_lot_decides_before_room_is_asked_for() -> None:

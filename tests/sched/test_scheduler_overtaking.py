@@ -128,17 +128,24 @@ def test_the_ratio_is_that_of_what_is_missed() -> None:
 
 
 def test_several_are_placed_until_nobody_has_room() -> None:
-    one = scheduler()
+    policy = Counting()
+    one = scheduler(policy=policy)
     placed(one.submit("a", tokens(1, 300), now=0.0))
-    for number in range(4):
+    for number in range(9):
         one.submit(f"r{number}", tokens(10 + number, 90), now=0.0)
+    policy.asked = 0
     assert list(where(one.cancel("a", now=1.0))) == ["r0", "r1", "r2"]
-    assert one.waiting == ["r3"]
+    assert one.waiting == [f"r{number}" for number in range(3, 9)]
+    assert policy.asked == 3, "nor is anybody else asked then"
 
 
 def test_one_that_cannot_be_served_does_not_hold_up_those_behind_it() -> None:
     one, holder, other = faithful()
     assert placed(one.submit("new", tokens(30, 50), now=1.0)).replica == other
+    assert one.waiting == ["faithful"]
+    assert placed(one.submit("filler", tokens(31, 300), now=1.0)).replica == other
+    assert isinstance(one.submit("behind", tokens(32, 250), now=1.0), Waiting)
+    assert where(one.apply(Finished(other, "filler"), now=1.5)) == {"behind": other}
     assert one.waiting == ["faithful"]
     assert where(one.apply(Admitted(holder, "second", 1150), now=2.0)) == {"faithful": holder}
 
@@ -292,6 +299,7 @@ def test_where_nobody_overtakes_every_event_is_a_reason() -> None:
 
     policy = Patient()
     one, holder, _ = faithful(policy)
+    one.poll(1.0)
     policy.asked = 0
     one.apply(Progressed(holder, "first", 901, (7,)), now=1.0)
     assert policy.asked == 1

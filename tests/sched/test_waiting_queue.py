@@ -137,10 +137,10 @@ def test_a_few_are_all_offered(count: int) -> None:
 
 def test_of_many_the_best_are_offered_and_others_looked_up() -> None:
     one = many(200)
-    for _ in range(40):
+    for _ in range(60):  # more than a round
         found = offered(one)
-        assert found[:OFFERED] == list(range(OFFERED))
-        assert len(found) == len(set(found)) <= OFFERED + LOOKED_UP
+        assert found[:32] == list(range(32))
+        assert len(found) == len(set(found)) <= 32 + 4
 
 
 @pytest.mark.parametrize("count", [OFFERED + 1, 100, 101, 102, 103])
