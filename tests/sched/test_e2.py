@@ -269,6 +269,14 @@ def test_a_backlog_counts_among_many() -> None:
     assert chosen(losing(seen, *[9.0] * 16, 0.0)).chosen == 16
 
 
+def test_of_equals_among_many_those_are_weighed_that_got_nothing_for_longest() -> None:
+    seen = fleet(20, Counter())
+    for number, one in enumerate(seen.replicas[:19]):
+        assert isinstance(one, Books)
+        one.last_placed = number
+    assert chosen(losing(seen, *[9.0] * 19, 0.0)).chosen == 19
+
+
 def test_one_that_insists_may_go_to_any_of_many() -> None:
     lost = [9.0] * 19 + [0.0]
     assert chosen(losing(fleet(20, Counter(), insists=True), *lost)).chosen == 19

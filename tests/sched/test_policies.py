@@ -80,7 +80,9 @@ def test_lots_are_drawn_from_all_and_can_be_copied(seed: int, count: int) -> Non
 
 
 def test_an_unknown_policy_is_refused_with_the_names() -> None:
-    with pytest.raises(InvalidRequest, match=r"e2, e2-paper, least-loaded, .*, not 'round_robin'; did you mean 'round-robin'"):
+    with pytest.raises(
+        InvalidRequest, match=r"e2, e2-paper, least-loaded, .*, not 'round_robin'; did you mean 'round-robin'"
+    ):
         make_policy("round_robin")
     with pytest.raises(InvalidRequest, match="policy must be one of"):
         GlobalScheduler(1, capacity_tokens=1000, policy=7)  # type: ignore[arg-type]

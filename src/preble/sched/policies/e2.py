@@ -127,7 +127,8 @@ class E2(Policy):
 
 
 def _candidates(view: View) -> Sequence[int]:
-    """The positions of the replicas to be weighed; a request that insists may go to any."""
+    """The positions of the replicas to be weighed, of equals those that got nothing for longest; a request that insists
+    may go to any."""
     replicas, prompt_tokens = view.replicas, view.request.prompt_tokens
     if len(replicas) <= MOST_WEIGHED or view.request.insists:
         return range(len(replicas))
@@ -135,7 +136,7 @@ def _candidates(view: View) -> Sequence[int]:
         (replica.queued_prefill_tokens + prompt_tokens - matched + 1) * (replica.in_flight + 1)
         for replica, matched in zip(replicas, view.matched, strict=True)
     ]
-    first = nsmallest(MOST_WEIGHED, range(len(replicas)), key=products.__getitem__)
+    first = nsmallest(MOST_WEIGHED, range(len(replicas)), key=lambda at: (products[at], replicas[at].last_placed))
     return sorted(first)
 
 
