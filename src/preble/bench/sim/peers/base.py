@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +23,7 @@ class Booked:
     """Its prompt is."""
 
 
-class PeerRouter:
+class PeerRouter(ABC):
     """A `preble.sim.router.Router` that turns what the simulator reports into what another router is told.
 
     Subclasses decide in `choose`, and take what they care for of the rest. A request whose replica was lost is routed
@@ -78,26 +79,26 @@ class PeerRouter:
             counts[one.replica] += 1
         return counts
 
+    @abstractmethod
     def choose(self, request_id: str, tokens: Tokens, now: float) -> tuple[int, str]:
         """A replica for a request, and the rule that decided. It counts as routed there at once."""
-        raise NotImplementedError
 
-    def computed(self, booked: Booked) -> None:
+    def computed(self, booked: Booked) -> None:  # noqa: B027  # most keep nothing
         """The prompt of a request has been computed."""
 
-    def finished(self, booked: Booked) -> None:
+    def finished(self, booked: Booked) -> None:  # noqa: B027  # most keep nothing
         """A request has ended, or its replica has."""
 
-    def cached(self, event: Stored | Evicted) -> None:
+    def cached(self, event: Stored | Evicted) -> None:  # noqa: B027  # most keep nothing
         """A replica's cache has changed."""
 
-    def left(self, replica: int) -> None:
+    def left(self, replica: int) -> None:  # noqa: B027  # most keep nothing
         """A replica was lost, with its cache."""
 
-    def joined(self, replica: int) -> None:
+    def joined(self, replica: int) -> None:  # noqa: B027  # most keep nothing
         """It is back."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # most keep nothing
         """Let go of what it holds."""
 
     def __enter__(self) -> Self:
