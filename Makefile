@@ -30,7 +30,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m preble demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" --hypothesis-profile=repeatable
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long

@@ -18,6 +18,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+from hypothesis import settings
+
+# What `make test` says of a commit depends on the commit alone. `make test-long` looks for new examples.
+settings.register_profile("repeatable", derandomize=True)
 
 
 @pytest.fixture(params=["asyncio", "trio"])

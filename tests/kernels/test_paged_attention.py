@@ -18,6 +18,7 @@ from preble.kernels.reference import reference_attention
 from preble.kernels.runs import Run, join, slots_of, split_shared, tokens_in
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""Of what is computed before the result is rounded to its dtype, which costs up to half a unit in the last place."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -101,7 +102,7 @@ def check(
         assert out.shape == q.shape
         assert out.dtype == dtype
         expected = reference_attention(q, keys, values, scale, sequences=layout.sequences, window=window)
-        torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+        torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps / 2, atol=TOLERANCE[dtype])
         q, values = q.flip(0), -values
 
 
