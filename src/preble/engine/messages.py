@@ -36,7 +36,52 @@ class Abort:
     request_id: str
 
 
-Command: TypeAlias = Submit | Abort
+@dataclass(frozen=True, slots=True)
+class ResetCache:
+    """Forget every cached prefix that no running request uses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Take no more steps, or go on. What runs keeps its pages; aborts take effect all the same."""
+
+    paused: bool
+
+
+Command: TypeAlias = Submit | Abort | ResetCache | Pause
+"""What a running replica may be told, in any number between two steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a user may choose about engines; see `Cluster`."""
+
+    dtype: str = "auto"
+    page_size: int = 64
+    kv_memory: int | str | None = None
+    kv_dtype: str = "auto"
+    attention: str = "auto"
+    max_batched_tokens: int | None = None
+    max_running: int = 256
+    local_order: str = "hrrn"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """The first thing that a worker process is told: which engine it shall be."""
+
+    model: str
+    """A checkpoint folder, a hub id or `"demo"`."""
+    replica: int
+    device: str
+    sharing: int
+    """Replicas on that device, this one included: each takes its share of the memory."""
+    torch_threads: int
+    options: EngineOptions
+    pages: int | None = None
+    """KV pages, where they are known from an earlier life of the replica; otherwise as many as fit."""
+    log_level: int = 30
+    """Records of the logger `preble` from this level on are sent to the parent."""
 
 
 @dataclass(slots=True)
@@ -64,3 +109,36 @@ class StepReport:
     stats: ReplicaStats
     deltas: list[Delta] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The engine is loaded and takes requests."""
+
+    pages: int
+    """KV pages it has."""
+    max_batched_tokens: int
+    stats: ReplicaStats
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A record that the worker logged."""
+
+    logger: str
+    level: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """The worker's last message: an error ended it."""
+
+    kind: str
+    """The error's class, by name."""
+    text: str
+    traceback: str
+
+
+News: TypeAlias = Ready | StepReport | LogLine | Crash
+"""What a replica may tell."""

@@ -4,38 +4,53 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from preble.engine.messages import StepReport, Submit
+from preble.engine.messages import Command, Ready, StepReport
 
 
 class Replica(Protocol):
-    """A running engine. `submit` and `abort` may be called from any thread and never block."""
+    """One life of a replica: an engine that is being loaded, runs, and ends. A restart is another object.
+
+    It starts when it is made and tells its listener `ready` once it can serve. All methods may be called from any
+    thread, at any time, and all but `join` return at once.
+    """
 
     number: int
+    process_id: int | None
+    """Of the process that it has to itself, once it has started."""
 
-    def submit(self, request: Submit) -> None:
-        """Queue a request for the next step."""
-        ...
-
-    def abort(self, request_id: str) -> None:
-        """End a request before the next step."""
+    def send(self, command: Command) -> None:
+        """Tell the engine something before its next step. After the end it is dropped."""
         ...
 
     def stop(self) -> None:
         """Ask the replica to end after its current step; requests it still has are dropped."""
         ...
 
+    def kill(self) -> None:
+        """End the replica at once if that is possible, else as soon as it comes back from what it does."""
+        ...
+
     def join(self) -> None:
-        """Block until the replica has ended."""
+        """Block until the replica has ended and everything it held is given back."""
         ...
 
 
 class Listener(Protocol):
-    """Where a replica reports. Called from the replica's own thread."""
+    """Where a replica reports. Called from a thread of the replica's."""
 
-    def reported(self, report: StepReport) -> None:
+    def ready(self, replica: Replica, ready: Ready) -> None:
+        """The engine is loaded."""
+        ...
+
+    def reported(self, replica: Replica, report: StepReport) -> None:
         """A step ended."""
         ...
 
-    def crashed(self, replica: int, cause: BaseException) -> None:
-        """The replica ended on an error; its requests and its KV pages are gone."""
+    def failed(self, replica: Replica, cause: BaseException) -> None:
+        """The replica could not be loaded, or stopped on an error: its requests and its KV pages are gone, and nothing
+        more is reported but `ended`. Never called after `stop` or `kill`."""
+        ...
+
+    def ended(self, replica: Replica) -> None:
+        """The replica's thread or process is gone, for whatever reason. The last call."""
         ...
