@@ -423,7 +423,8 @@ def test_a_session_is_forgotten_with_its_replica(lose: Callable[[GlobalScheduler
 def test_a_draining_replica_is_no_sessions_choice() -> None:
     one = scheduler(2)
     submit(one, "0", session="talk")
-    one.drain(0)
+    one.apply(Admitted(0, "0", 0), now=0.0)
+    one.drain(0, now=0.0)
     assert submit(one, "1", session="talk")["session"] == -1
     assert submit(one, "2", session="talk")["session"] == 1
 

@@ -14,10 +14,13 @@ import pytest
 from preble.errors import InvalidRequest
 from preble.sched import (
     POLICIES,
+    Admitted,
     Evicted,
     Finished,
     GlobalScheduler,
+    Moved,
     Placement,
+    Preempted,
     Progressed,
     ReplicaDown,
     ReplicaUp,
@@ -26,6 +29,7 @@ from preble.sched import (
     Waiting,
 )
 from preble.sched.hashing import namespace_salt, page_hashes
+from preble.sched.prefix_tree import MOST_SWEPT
 from preble.sched.testing import leads_to
 
 PAGE = 4
@@ -242,7 +246,7 @@ def test_waiting_requests_are_served_by_priority_deadline_and_age() -> None:
 def test_a_request_placed_again_keeps_its_age() -> None:
     one = scheduler(1)
     one.submit("old", [1], now=0.0)
-    one.drain(0)
+    assert one.drain(0, now=0.0) == Moved((), ())
     assert one.submit("new", [1], now=1.0) == Waiting("new", "every replica that is up drains")
     one.apply(ReplicaDown(0), now=2.0)
     assert one.waiting == ["old", "new"]
@@ -251,24 +255,98 @@ def test_a_request_placed_again_keeps_its_age() -> None:
 def test_a_draining_replica_finishes_what_it_has() -> None:
     one = scheduler(2)
     replica = placed(one.submit("a", PROMPT, now=0.0)).replica
-    one.drain(replica)
+    one.apply(Admitted(replica, "a", 0), now=0.0)
+    assert one.drain(replica, now=0.0) == Moved((), ())
     assert placed(one.submit("b", PROMPT, now=0.0)).replica != replica
     assert one.in_flight(replica) == ["a"]
     assert one.replicas[replica].state == "draining"
     one.apply(Finished(replica, "a"), now=0.0)
-    assert one.remove_replica(replica, now=0.0) == []
+    assert one.remove_replica(replica, now=0.0) == Moved((), ())
     one.check()
 
 
-def test_a_removed_replica_hands_back_its_requests() -> None:
+def test_what_waits_on_a_draining_replica_goes_elsewhere() -> None:
+    one = scheduler(1)
+    for name in ("runs", "queued", "preempted", "urgent"):
+        one.submit(name, PROMPT, now=0.0, priority=name == "urgent")
+    one.apply(Admitted(0, "runs", 0), now=0.0)
+    one.apply(Admitted(0, "preempted", 0), now=0.0)
+    one.apply(Progressed(0, "preempted", len(PROMPT), (1,)), now=0.0)
+    one.apply(Preempted(0, "preempted"), now=0.0)
+    one.add_replica()
+    moved = one.drain(0, now=1.0)
+    assert moved.request_ids == ("queued", "preempted", "urgent")
+    assert [(place.request_id, place.replica) for place in moved.placements] == [
+        ("urgent", 1),
+        ("queued", 1),
+        ("preempted", 1),
+    ]
+    assert (one.in_flight(0), one.in_flight(1)) == (["runs"], ["urgent", "queued", "preempted"])
+    assert one.drain(0, now=2.0) == Moved((), ()), "it works on all that it still has"
+    one.check()
+
+
+def test_what_is_said_late_of_a_moved_request_is_ignored() -> None:
+    one = scheduler(1)
+    one.submit("a", PROMPT, now=0.0)
+    one.add_replica()
+    one.drain(0, now=0.0)
+    before = one.replicas[1].queued_prefill_tokens
+    late = [Admitted(0, "a", 8), Progressed(0, "a", len(PROMPT), (1,)), Preempted(0, "a"), Finished(0, "a")]
+    for event in late:
+        assert one.apply(event, now=1.0) == []
+        assert one.in_flight(1) == ["a"]
+        assert (one.replicas[1].queued, one.replicas[1].queued_prefill_tokens) == (1, before)
+        one.check()
+    one.apply(Finished(1, "a"), now=2.0)
+    assert one.in_flight(1) == []
+
+
+def test_a_replica_that_drains_alone_finishes_all_it_has() -> None:
+    one = scheduler(2)
+    one.apply(ReplicaDown(1), now=0.0)
+    one.submit("a", PROMPT, now=0.0)
+    assert one.drain(0, now=0.0) == Moved((), ())
+    assert one.in_flight(0) == ["a"]
+    one.apply(ReplicaUp(1), now=1.0)
+    moved = one.drain(0, now=2.0)
+    assert moved.request_ids == ("a",), "asked again, as there is another now"
+    assert moved.placements[0].replica == 1
+    one.check()
+
+
+def test_what_a_busy_fleet_cannot_take_off_a_draining_replica_waits_in_its_turn() -> None:
+    one = GlobalScheduler(1, capacity_tokens=100, page_size=PAGE, policy="e2-paper")
+    one.submit("a", [1] * 40, now=0.0, expected_tokens=1)
+    one.submit("b", [2] * 40, now=0.0, expected_tokens=1)
+    full = one.add_replica()
+    for name in ("c", "d"):
+        one.submit(name, [ord(name)] * 60, now=0.0, expected_tokens=1)
+    assert one.waiting == []
+    moved = one.drain(0, now=1.0)
+    assert "b" in moved.request_ids
+    assert set(moved.request_ids) == {place.request_id for place in moved.placements} | set(one.waiting)
+    assert one.waiting, "nobody has room for all"
+    while one.in_flight(full):
+        one.apply(Finished(full, one.in_flight(full)[0]), now=2.0)
+    assert (one.waiting, one.in_flight(0)) == ([], [])
+    one.check()
+
+
+def test_what_a_removed_replica_had_goes_elsewhere() -> None:
     one = scheduler(1)
     for name in "abc":
         one.submit(name, PROMPT, now=0.0)
+    one.apply(Admitted(0, "a", 0), now=0.0)
     one.apply(Finished(0, "b"), now=0.0)
-    assert one.remove_replica(0, now=0.0) == ["a", "c"]
+    assert one.remove_replica(0, now=0.0) == Moved(("a", "c"), ()), "there is no other"
+    assert one.waiting == ["a", "c"]
+    assert one.submit("d", PROMPT, now=0.0) == Waiting("d", "no replica is up")
     assert one.add_replica() == 1
-    assert placed(one.submit("a", PROMPT, now=0.0)).replica == 1, "its id is free again"
-    assert one.apply(Stored(0, 1, "", names(PROMPT)), now=0.0) == []
+    assert [(place.request_id, place.replica) for place in one.poll(1.0)] == [("a", 1), ("c", 1), ("d", 1)]
+    for event in (Stored(0, 1, "", names(PROMPT)), Finished(0, "a"), ReplicaUp(0)):
+        assert one.apply(event, now=0.0) == []
+    assert one.in_flight(1) == ["a", "c", "d"]
     one.check()
 
 
@@ -285,7 +363,7 @@ def test_a_removed_replica_leaves_no_trace(policy: str) -> None:
             if n % 3 == 0:
                 one.apply(Finished(books.replica, str(n)), now=now)
     ledger = one._fleet.ledgers[0]
-    everything = [ledger, ledger.cache, *ledger.requests.values(), *ledger.shares]
+    everything = [ledger, ledger.cache, *ledger.shares]
     slot, bit = ledger.cache.slot, ledger.cache.bit
     assert ledger.cache.nodes
     assert ledger.cache.unknown
@@ -293,17 +371,22 @@ def test_a_removed_replica_leaves_no_trace(policy: str) -> None:
     assert leads_to(one, [ledger, ledger.cache])
     lost = one.in_flight(0)
     assert lost
-    assert one.remove_replica(0, now=40.0) == lost
+    moved = one.remove_replica(0, now=40.0)
+    assert list(moved.request_ids) == lost
+    assert not [place for place in moved.placements if place.replica == 0]
+    for name in lost:
+        one.cancel(name, now=40.0)
     assert leads_to(one, everything) == []
     for node in one._fleet.tree.nodes():
         assert slot not in node.resident
         assert slot not in node.pins
         assert not (node.full | node.cover) & bit
     one.check()
-    for books in one.replicas[1:]:
-        one.remove_replica(books.replica, now=40.0)
-    one.remove_replica(one.replicas[0].replica, now=40.0)
-    one.poll(100.0)
+    for books in one.replicas:
+        for name in one.remove_replica(books.replica, now=40.0).request_ids:
+            one.cancel(name, now=40.0)
+    for _ in range(1 + 200 // MOST_SWEPT):
+        one.poll(100.0)
     assert (one.tree_pages, one.waiting, one.replicas) == (0, [], ())
     one.check()
 
@@ -368,7 +451,7 @@ def test_explain_says_what_submit_does_and_changes_nothing() -> None:
     for n in range(5):
         one.submit(str(n), [n % 2, *PROMPT], now=0.0)
     one.apply(Stored(0, 1, "", names([1, *PROMPT])[:2]), now=0.0)
-    one.drain(2)
+    one.drain(2, now=0.0)
     before = one.explain([1, *PROMPT], now=0.0)
     assert before == one.explain([1, *PROMPT], now=99.0)
     after = placed(one.submit("next", [1, *PROMPT], now=0.0))
@@ -462,7 +545,7 @@ def test_bad_arguments_are_refused() -> None:
         (lambda: one.submit("a", [1], now=0.0), "request 'a' is already here and has not ended"),
         (lambda: one.submit("b", [1], now=0.0, max_tokens=0), "max_tokens must be at least 1"),
         (lambda: one.remove_replica(2, now=0.0), "there is no replica 2; there are: 0, 1"),
-        (lambda: one.drain(-1), "there is no replica -1"),
+        (lambda: one.drain(-1, now=0.0), "there is no replica -1"),
         (lambda: one.apply(StepTimed(9, 1, 1, 1, 0.1), now=0.0), "there never was a replica 9"),
         (lambda: one.apply("finished", now=0.0), "not an event"),  # type: ignore[arg-type]
         (lambda: one.add_replica(capacity_tokens=3), "less than a page of 4 tokens"),

@@ -227,11 +227,13 @@ def test_one_goes_elsewhere_when_the_replica_it_waits_for_is_lost() -> None:
 
 def test_one_goes_elsewhere_when_the_replica_it_waits_for_drains_or_leaves() -> None:
     one, holder, other = faithful()
-    one.drain(holder)
-    assert where(one.poll(1.0)) == {"faithful": other}
+    drained = one.drain(holder, now=1.0)
+    assert drained.request_ids == ("second",), "it works on the first"
+    assert where(drained.placements)["faithful"] == other
     one, holder, other = faithful()
-    assert one.remove_replica(holder, now=1.0) == ["first", "second"]
-    assert where(one.poll(1.0)) == {"faithful": other}
+    removed = one.remove_replica(holder, now=1.0)
+    assert removed.request_ids == ("first", "second")
+    assert where(removed.placements)["faithful"] == other
 
 
 def test_a_replica_that_comes_back_takes_those_who_wait() -> None:

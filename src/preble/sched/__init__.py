@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from preble.sched.explanation import Candidate, Explanation
     from preble.sched.hot_prefixes import HotPrefix
-    from preble.sched.placement import Placement, Waiting
+    from preble.sched.placement import Moved, Placement, Waiting
     from preble.sched.policies import (
         E2,
         POLICIES,
@@ -59,7 +59,7 @@ _HOMES = {
     ),
     "explanation": ("Candidate", "Explanation"),
     "hot_prefixes": ("HotPrefix",),
-    "placement": ("Placement", "Waiting"),
+    "placement": ("Moved", "Placement", "Waiting"),
     "policies": (
         "E2",
         "POLICIES",
@@ -92,6 +92,7 @@ __all__ = [
     "FittedCost",
     "GlobalScheduler",
     "HotPrefix",
+    "Moved",
     "Placement",
     "Policy",
     "Preempted",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from preble.errors import InvalidRequest
 from preble.sched.event_order import EventOrder
@@ -84,10 +84,13 @@ class Fleet:
         self._find_eligible()
         return lost
 
-    def drain(self, ledger: Ledger) -> None:
-        """Give a replica nothing more."""
+    def drain(self, ledger: Ledger) -> list[Request]:
+        """Give a replica nothing more. Takes off it what it is not working on, if there is another that may be given
+        requests; returns that, oldest first."""
         ledger.draining = True
         self._find_eligible()
+        waiting = [request for request in ledger.requests.values() if request.queued] if self.eligible else []
+        return self._take_off(waiting)
 
     def down(self, ledger: Ledger) -> list[Request]:
         """A replica lost its cache and its requests; returns these, oldest first."""
@@ -234,12 +237,16 @@ class Fleet:
         self.sessions.check(list(self.ledgers.values()))
 
     def _lose(self, ledger: Ledger) -> list[Request]:
-        lost = sorted(ledger.requests.values(), key=lambda request: request.number)
-        for request in lost:
-            self.leave(request)
+        lost = self._take_off(ledger.requests.values())
         self.tree.forget(ledger.cache)
         self.sessions.forget(ledger)
         return lost
+
+    def _take_off(self, requests: Iterable[Request]) -> list[Request]:
+        oldest_first = sorted(requests, key=lambda request: request.number)
+        for request in oldest_first:
+            self.leave(request)
+        return oldest_first
 
     def _find_eligible(self) -> None:
         self.eligible = tuple(ledger for ledger in self.ledgers.values() if ledger.eligible)

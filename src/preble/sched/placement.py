@@ -26,3 +26,14 @@ class Waiting:
 
     request_id: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What became of the requests that were taken off a replica."""
+
+    request_ids: tuple[str, ...]
+    """All of them, oldest first. They are in the scheduler as before, under their ids, and what the replica still
+    reports of them is ignored."""
+    placements: tuple[Placement, ...]
+    """What could be placed now, of these and of those that waited before. Who is not here waits."""

@@ -27,7 +27,7 @@ from preble.sched.hot_prefixes import HotPrefix, hottest_prefixes
 from preble.sched.invariants import require
 from preble.sched.ledger import Ledger
 from preble.sched.lots import Lots
-from preble.sched.placement import Placement, Waiting
+from preble.sched.placement import Moved, Placement, Waiting
 from preble.sched.policies import Choice, Policy, ReplicaView, View, make_policy
 from preble.sched.replica_cost import ReplicaCost
 from preble.sched.request import Request
@@ -47,7 +47,8 @@ class GlobalScheduler:
 
     A request that no replica can take waits here. Waiting requests are served by priority (higher first), then
     deadline (earlier first), then age, or, where the policy lets them overtake each other, as `Policy.overtakes` says.
-    `apply`, `poll` and `cancel` return the placements they made possible; after `add_replica` call `poll`.
+    `apply`, `poll`, `cancel`, `drain` and `remove_replica` return the placements they made possible; after
+    `add_replica` call `poll`.
 
     Args:
         replicas: how many there are at the start, numbered from 0.
@@ -130,7 +131,7 @@ class GlobalScheduler:
         session: str | None = None,
         expected_tokens: int | None = None,
     ) -> Placement | Waiting:
-        """Place a request, or let it wait; in that case a later `apply`, `poll` or `cancel` returns its placement.
+        """Place a request, or let it wait; in that case a later call that returns placements returns its own.
 
         Args:
             request_id: unique among the requests that have not ended.
@@ -262,29 +263,29 @@ class GlobalScheduler:
         self._review()
         return number
 
-    def remove_replica(self, replica: int, *, now: float) -> list[str]:
-        """Forget a replica. Returns the ids of the requests in flight there, oldest first; they are forgotten as well,
-        and may be submitted again.
+    def drain(self, replica: int, *, now: float) -> Moved:
+        """Place nothing more on a replica, not even after a restart. What it works on it finishes; what waits there, a
+        preempted request included, is taken off it and placed again, as after `ReplicaDown`. Where no other replica
+        may be given requests it all stays, and ends there.
+
+        The caller aborts what was moved on the replica. Called once more it moves what waits there by then.
 
         Raises:
             InvalidRequest: there is no such replica.
         """
         ledger = self._fleet.ledger(replica)
         self._advance(now)
-        lost = [request.request_id for request in self._fleet.remove(ledger)]
-        for request_id in lost:
-            del self._requests[request_id]
-        self._review()
-        return lost
+        return self._move(self._fleet.drain(ledger))
 
-    def drain(self, replica: int) -> None:
-        """Place nothing more on a replica, not even after a restart; what is in flight there goes on.
+    def remove_replica(self, replica: int, *, now: float) -> Moved:
+        """Forget a replica. What was in flight there is placed again, as after `ReplicaDown`.
 
         Raises:
             InvalidRequest: there is no such replica.
         """
-        self._fleet.drain(self._fleet.ledger(replica))
-        self._review()
+        ledger = self._fleet.ledger(replica)
+        self._advance(now)
+        return self._move(self._fleet.remove(ledger))
 
     # What is where
 
@@ -452,6 +453,16 @@ class GlobalScheduler:
         states = {ledger.state for ledger in self._fleet.ledgers.values()}
         return "every replica that is up drains" if "draining" in states else "no replica is up"
 
+    def _move(self, requests: list[Request]) -> Moved:
+        """Requests were taken off a replica, oldest first; the replicas are not what they were."""
+        self._take_back(requests)
+        return Moved(tuple([one.request_id for one in requests]), tuple(self._place_waiting()))
+
+    def _take_back(self, requests: list[Request]) -> None:
+        for request in requests:
+            self._waiting.push(request)
+        self._review()
+
     # Replicas report
 
     def _admitted(self, ledger: Ledger, event: Admitted) -> None:
@@ -500,9 +511,7 @@ class GlobalScheduler:
 
     def _down(self, ledger: Ledger, event: ReplicaDown) -> None:
         if ledger.up:
-            for request in self._fleet.down(ledger):
-                self._waiting.push(request)
-            self._review()
+            self._take_back(self._fleet.down(ledger))
 
     def _up(self, ledger: Ledger, event: ReplicaUp) -> None:
         if not ledger.up:

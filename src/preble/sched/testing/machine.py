@@ -62,7 +62,8 @@ class SchedulerMachine(Comparison):
         self.submitted = 0
         self.pages = 1
         """Of a replica, unless it is given others."""
-        self.reported: list[Admitted | Progressed | Preempted] = []
+        self.reported: list[Admitted | Progressed | Preempted | Finished] = []
+        """By replicas of their requests, those included that were moved off them meanwhile."""
 
     @initialize(
         count=st.sampled_from([2, 3, 1, 0]),
@@ -273,22 +274,30 @@ class SchedulerMachine(Comparison):
 
     def _drain(self, replica: int) -> None:
         self.replicas[replica].draining = True
-        self.call("drain", replica)
+        here = on(self.requests, replica) if self.eligible else []
+        self._move(replica, [one for one in here if one.queued], "drain")
 
     def _remove(self, replica: int) -> None:
         books = self.books(replica)
-        lost = [one.name for one in on(self.requests, replica)]
-        for name in lost:
-            del self.requests[name]
         del self.replicas[replica]
-        back = self.call("remove_replica", replica, now=self.now)
-        require(back == lost, f"replica {replica} had {lost}, and hands back {back}")
+        self._move(replica, on(self.requests, replica), "remove_replica")
         traces = leads_to(self.scheduler, [books])
         require(not traces, f"a removed replica is remembered: {traces}")
         page = names_of([("", (0,) * self.page_size)], self.page_size)
         self.apply(Stored(replica, 1, "", page))
         self.apply(Finished(replica, "r0"))
         self.apply(ReplicaUp(replica))
+
+    def _move(self, replica: int, requests: list[ModelRequest], method: str) -> None:
+        """What the replica had, or some of it, goes elsewhere. The replica may yet report of it."""
+        names = tuple(one.name for one in requests)
+        for request in requests:
+            request.lose_replica()
+        moved = self.call(method, replica, now=self.now)
+        require(moved.request_ids == names, f"{method} should move {names} off replica {replica}: {moved}")
+        self.note(moved.placements)
+        for name in names:
+            self.reported += [Admitted(replica, name, 0), Finished(replica, name)]
 
     # Time
 
