@@ -180,26 +180,44 @@ class _Direction(Generic[T]):
         return messages
 
 
-_COMMANDS: _Direction[Launch | Command] = _Direction(Launch | Command)
+_LAUNCH: _Direction[Launch] = _Direction(Launch)
+_COMMANDS: _Direction[Command] = _Direction(Command)
 _NEWS: _Direction[News] = _Direction(News)
 
 
-def encode_commands(messages: Sequence[Launch | Command]) -> list[bytes]:
-    """Payloads for a worker: one frame each, in order; one unless the messages are too long for that.
+def encode_launch(launch: Launch) -> bytes:
+    """The payload of the first frame to a worker."""
+    return _LAUNCH.encode([launch])[0]
+
+
+def encode_commands(commands: Sequence[Command]) -> list[bytes]:
+    """Payloads of the frames to a worker that follow, in order; one, unless the commands are too long for that.
 
     Raises:
-        FrameError: a single message is longer than `MAX_FRAME`.
+        FrameError: a single command is longer than `MAX_FRAME`.
     """
-    return _COMMANDS.encode(messages)
+    return _COMMANDS.encode(commands)
 
 
-def encode_news(messages: Sequence[News]) -> list[bytes]:
-    """Payloads for the parent; see `encode_commands`."""
-    return _NEWS.encode(messages)
+def encode_news(news: Sequence[News]) -> list[bytes]:
+    """Payloads of frames to the parent; see `encode_commands`."""
+    return _NEWS.encode(news)
 
 
-def decode_commands(payload: bytes) -> list[Launch | Command]:
-    """The messages of one frame to a worker.
+def decode_launch(payload: bytes) -> Launch:
+    """The message of the first frame to a worker.
+
+    Raises:
+        FrameError: it is not what `encode_launch` gives.
+    """
+    launches = _LAUNCH.decode(payload)
+    if len(launches) != 1:
+        raise FrameError(f"a frame holds {len(launches)} launches")
+    return launches[0]
+
+
+def decode_commands(payload: bytes) -> list[Command]:
+    """The commands of one frame to a worker.
 
     Raises:
         FrameError: it is not what `encode_commands` gives.
