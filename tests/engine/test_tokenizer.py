@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from preble.engine.tokenizer import Tokenizer
+from preble.engine.tokenizer import LONG, Tokenizer
 from preble.errors import CheckpointError, InvalidRequest, UnknownOption, UnsupportedModel
 
 KINDS = ("byte_level", "byte_fallback", "unigram", "word_piece", "word_ends")
@@ -32,7 +32,9 @@ def tokenizer(chat_folder):
 
 def test_encodes_and_decodes_like_transformers(folder):
     ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-    for text in (TEXT, "", " ", "</s> written out", *made_tokenizers.CORPUS):
+    long = "".join(made_tokenizers.CORPUS) * 4 + "</s>" + TEXT * 3
+    assert len(long) > LONG
+    for text in (TEXT, "", " ", "</s> written out", long, *made_tokenizers.CORPUS):
         ids = ours.encode(text)
         assert ids.dtype == np.int32
         assert ids.tolist() == theirs.encode(text)

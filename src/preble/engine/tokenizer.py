@@ -30,6 +30,8 @@ _NOT_FOR_TEMPLATES = frozenset(
     }
 )
 """What `apply_chat_template` takes for itself, and `chat` decides."""
+LONG = 2_000
+"""Characters, or tokens, from which tokenizing lets other threads run meanwhile. It takes about a millisecond then."""
 
 
 class Tokenizer:
@@ -47,6 +49,8 @@ class Tokenizer:
         self.folder = Path(folder)
         self._hf = _load(self.folder)
         self._lock = threading.Lock()
+        self._rendering = threading.Lock()
+        """Templates are rendered in Python, one at a time: several would hardly let an event loop have the interpreter."""
         self._backend = getattr(self._hf, "backend_tokenizer", None)
         if self._backend is not None:
             # Set once and never again: a Rust tokenizer serves many threads as long as nobody changes it.
@@ -99,13 +103,14 @@ class Tokenizer:
         conversation = _conversation(messages)
         variables.setdefault("add_generation_prompt", not continue_final_message)
         try:
-            text = self._hf.apply_chat_template(
-                conversation,
-                tools=None if tools is None else list(tools),
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                **variables,
-            )
+            with self._rendering:
+                text = self._hf.apply_chat_template(
+                    conversation,
+                    tools=None if tools is None else list(tools),
+                    continue_final_message=continue_final_message,
+                    tokenize=False,
+                    **variables,
+                )
         except Exception as error:  # a template is a program over the caller's data: it can fail in any way
             raise InvalidRequest(f"the chat template of {self.folder} rejects the messages: {error}") from error
         return self._encode(text, special_tokens=False)
@@ -114,9 +119,15 @@ class Tokenizer:
         """The text of these tokens, without special tokens, otherwise as it was."""
         ids = [int(token) for token in token_ids]
         if self._backend is not None:
-            return str(self._backend.decode(ids, skip_special_tokens=True))
+            if len(ids) < LONG:
+                return str(self._backend.decode(ids, skip_special_tokens=True))
+            return str(self._backend.decode_batch([ids], skip_special_tokens=True)[0])
         with self._lock:
             return str(self._hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def is_quick(self, text: str) -> bool:
+        """Whether `encode` takes a millisecond or so for this text, and waits for no other thread's."""
+        return self._backend is not None and len(text) < LONG
 
     @cached_property
     def pieces(self) -> TokenPieces | None:
@@ -129,7 +140,12 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"text holds half a surrogate pair at character {error.start}") from None
         if self._backend is not None:
-            ids = self._backend.encode(text, add_special_tokens=special_tokens).ids
+            if len(text) < LONG:
+                ids = self._backend.encode(text, add_special_tokens=special_tokens).ids
+            else:
+                # Of the Rust functions only those for batches let go of the interpreter's lock. The fast one leaves out
+                # offsets and token texts, which take another half as long, and whose end holds the lock again.
+                ids = self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)[0].ids
         else:
             with self._lock:
                 ids = self._hf.encode(text, add_special_tokens=special_tokens)
