@@ -17,6 +17,8 @@ from transformers import AutoTokenizer
 
 import preble
 from preble import Cluster
+from preble.engine.messages import Abort
+from preble.engine.source import EngineSource
 
 pytestmark = pytest.mark.anyio
 
@@ -36,7 +38,7 @@ async def serving(model: Path, **options: Any) -> AsyncIterator[Cluster]:
 
 
 def replicas(cluster: Cluster) -> list[Any]:
-    return list(cluster._dispatcher._replicas.values())
+    return [post.life for post in cluster._dispatcher.roster._posts.values()]
 
 
 def engines(cluster: Cluster) -> list[Any]:
@@ -234,7 +236,7 @@ async def test_an_abort_reaches_the_engine_before_its_next_step(llama: Path) -> 
             report = original()
             computed.append(engine.computed_tokens)
             if len(computed) == 3:
-                replica.abort("mine")
+                replica.send(Abort("mine"))
             return report
 
         engine.step = step
@@ -336,7 +338,7 @@ async def test_five_hundred_cancellations_leak_nothing(llama: Path, seed: int) -
                 group.start_soon(one, number)
         gc.collect()
         await idle(cluster)
-        assert cluster._slots.value == 40
+        assert cluster._door.free == 40
         assert not cluster._dispatcher._branches
         assert not cluster._dispatcher._scheduler.waiting
         for replica in (0, 1):
@@ -390,7 +392,7 @@ async def test_bad_requests_are_refused_before_any_work(
         with pytest.raises(preble.InvalidRequest, match=message):
             await cluster.generate(prompt, **options)
         assert cluster.stats().placements == {}
-        assert cluster._slots.value == cluster._max_pending
+        assert cluster._door.free == cluster._door.limit
 
 
 async def test_prompts_that_can_never_fit_are_refused(llama: Path) -> None:
@@ -520,16 +522,44 @@ async def test_a_crashed_replica_costs_its_requests_only_time(llama: Path) -> No
         broken.step = step
         outputs = await cluster.generate_many(prompts, **options)
         assert [output.token_ids for output in outputs] == expected
-        assert (await cluster.generate("x", max_tokens=1)).placement.replica == 1
+        assert cluster.health().replicas[0].last_error == "RuntimeError: injected"
 
 
-async def test_when_the_last_replica_crashes_requests_fail_clearly(llama: Path) -> None:
-    async with Cluster(llama, replicas=1, dtype="float32", kv_memory="1MiB") as cluster:
+async def test_when_no_replica_comes_back_requests_fail_clearly(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster(llama, replicas=1, dtype="float32", kv_memory="1MiB", restart_timeout=0.2) as cluster:
+        broken = engines(cluster)[0]
 
         def step() -> Any:
             raise RuntimeError("injected")
 
-        engines(cluster)[0].step = step
-        with pytest.raises(preble.ReplicaCrashed) as caught:
+        def load(*args: Any, **options: Any) -> Any:
+            raise RuntimeError("the disk is gone")
+
+        broken.step = step
+        monkeypatch.setattr(EngineSource, "engine", load)
+        with pytest.raises(preble.ReplicaCrashed, match="no replica came up within 0.2 s.*the disk is gone"):
             await cluster.generate("x", max_tokens=3)
-        assert "injected" in str(caught.value.__cause__)
+        assert cluster.health().status == "down"
+
+
+async def test_a_lone_replica_that_crashes_comes_back_and_goes_on(llama: Path) -> None:
+    options = {"max_tokens": 40, "temperature": 0.8, "seed": 3, "ignore_eos": True}
+    async with serving(llama, replicas=1) as cluster:
+        expected = await cluster.generate(PROMPT, **options)
+    async with serving(llama, replicas=1) as cluster:
+        broken = engines(cluster)[0]
+        stream = cluster.stream(PROMPT, **options)
+        chunks = [await anext(stream), await anext(stream)]
+
+        def step() -> Any:
+            raise RuntimeError("injected")
+
+        broken.step = step
+        chunks += [chunk async for chunk in stream]
+        assert "".join(chunk.text for chunk in chunks) == expected.text == stream.output.text
+        assert tuple(token for chunk in chunks for token in chunk.token_ids) == expected.token_ids
+        (health,) = cluster.health().replicas
+        assert (health.state, health.restarts, health.failures) == ("serving", 1, 1)
+        assert health.last_error == "RuntimeError: injected"

@@ -9,36 +9,67 @@ from typing import TYPE_CHECKING, Any
 import anyio.lowlevel
 import numpy as np
 
-from preble.engine.messages import StepReport, Submit
+from preble.engine.messages import Abort, Pause, Ready, ResetCache, StepReport, Submit
 from preble.errors import InvalidRequest, PrebleError, ReplicaCrashed
 from preble.flight import Branch, Flight, request_failed
-from preble.outputs import ClusterStats, ReplicaStats
-from preble.replica.launch import Loaded, launch
-from preble.sched import GlobalScheduler, Placement, ReplicaDown, Waiting
+from preble.health import ClusterHealth
+from preble.outputs import ClusterStats
+from preble.roster import Roster
+from preble.sched import GlobalScheduler, Moved, Placement, ReplicaDown, ReplicaUp, Waiting
 
 if TYPE_CHECKING:
-    from preble.replica.base import Replica
+    from collections.abc import Iterable, Sequence
+
+    import torch
+
+    from preble.replica.launch import Launcher
+
+CRASHES = 2
+"""A request that was on so many replicas when they failed is suspected to be the cause, and fails itself."""
 
 
 class Dispatcher:
-    """Owns the running replicas, the global scheduler and the requests in flight.
+    """Owns the global scheduler, the requests in flight and, through the roster, the replicas.
 
-    Everything but `reported` and `crashed` belongs to the event loop's thread, and nothing here awaits: a placement and
-    what follows from it cannot be torn apart by a cancellation.
+    Everything belongs to the event loop's thread, and what decides never awaits: a placement and what follows from it
+    cannot be torn apart by a cancellation.
+
+    Args:
+        launcher: starts replicas.
+        scheduler: without replicas; they are added as they come up.
+        hang_timeout: seconds without a step, with work to do, after which a replica counts as failed.
+        restart_timeout: seconds that requests wait for a replica where none is up.
     """
 
-    def __init__(self, loaded: Loaded, scheduler: GlobalScheduler) -> None:
+    def __init__(
+        self, launcher: Launcher, scheduler: GlobalScheduler, *, hang_timeout: float, restart_timeout: float
+    ) -> None:
         native: Any = anyio.lowlevel.current_token().native_token
         # asyncio's loop and trio's token each have a thread-safe way in, under different names.
         self._post: Callable[..., object] = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
         self._scheduler = scheduler
+        self._page_size = launcher.options.page_size
+        self._context_length = launcher.config.context_length
         self._flights: dict[str, Flight] = {}
         self._branches: dict[str, Branch] = {}
         self._placements: dict[str, int] = {}
+        self._draining: set[int] = set()
+        self._pages: int | None = None
+        """KV pages of each replica: all have as many, so that a request which fits one fits any."""
         self._closed = False
-        self._longest = min(loaded.config.context_length, loaded.capacity_tokens)
-        self._stats: dict[int, ReplicaStats] = {engine.stats().replica: engine.stats() for engine in loaded.engines}
-        self._replicas: dict[int, Replica] = {replica.number: replica for replica in launch(loaded, self)}
+        self._restart_timeout = restart_timeout
+        self._down_since = float("-inf")
+        """When the last replica that was up went down."""
+        self._idle = anyio.Event()
+        """Set when a request ends, for those who wait until some are over."""
+        self.roster = Roster(launcher, self, self._call_soon, hang_timeout=hang_timeout, start_timeout=restart_timeout)
+
+    @property
+    def longest(self) -> int:
+        """Tokens, prompt and output together, that a request may have on any replica."""
+        return min(self._context_length, (self._pages or 0) * self._page_size)
+
+    # Requests
 
     def start(self, flight: Flight) -> None:
         """Submit a request to the scheduler, and to a replica as soon as there is one for it.
@@ -49,8 +80,6 @@ class Dispatcher:
         ids = [branch.request_id for branch in flight.branches]
         if flight.request_id in self._flights or any(request_id in self._branches for request_id in ids):
             raise InvalidRequest(f"request_id {flight.request_id!r} is in flight already")
-        if not self._replicas:
-            raise ReplicaCrashed(f"request {flight.request_id!r}: no replica is left")
         self._flights[flight.request_id] = flight
         self._branches.update(zip(ids, flight.branches, strict=True))
         now = time.monotonic()
@@ -87,10 +116,9 @@ class Dispatcher:
             if branch.finish_reason is None:
                 branch.finish_reason = "abort"
                 released = self._scheduler.cancel(branch.request_id, now=now)
-                if branch.replica in self._replicas:
-                    self._replicas[branch.replica].abort(branch.request_id)
-                for placement in released:
-                    self._place(placement)
+                if branch.replica is not None:
+                    self.roster.send(branch.replica, Abort(branch.request_id))
+                self._place_all(released)
         if error is not None:
             flight.fail(error, now)
         else:
@@ -101,80 +129,93 @@ class Dispatcher:
         """`end` from any thread."""
         self._call_soon(self.end, flight)
 
+    # The cluster as a whole
+
     def stats(self) -> ClusterStats:
         """A snapshot of every replica as of its last step, and of what waits in front of them."""
         return ClusterStats(
-            replicas=tuple(self._stats[number] for number in sorted(self._stats)),
+            replicas=tuple(self.roster.stats()),
             pending=len(self._flights),
             policy=self._scheduler.policy_name,
             placements=dict(self._placements),
         )
 
-    def close(self, why: Callable[[str], PrebleError]) -> list[Replica]:
-        """End every request with an error and ask the replicas to stop; returns them, to be joined."""
+    def health(self) -> ClusterHealth:
+        """How the replicas are."""
+        replicas = tuple(
+            self.roster.health(lambda number: len(self._scheduler.in_flight(number)), self._draining.__contains__)
+        )
+        up = sum(one.state in ("serving", "draining") for one in replicas)
+        return ClusterHealth(
+            status="ok" if up == len(replicas) > 0 else "degraded" if up else "down",
+            paused=self.roster.paused,
+            pending=len(self._flights),
+            waiting=len(self._scheduler.waiting),
+            replicas=replicas,
+        )
+
+    async def add(self, devices: Sequence[torch.device]) -> list[int]:
+        """Start replicas and wait until they serve; returns their numbers.
+
+        Raises:
+            PrebleError: one could not be started; then none is.
+        """
+        numbers = await self.roster.enlist(devices, self._pages, self._admit)
+        self._place_all(self._scheduler.poll(time.monotonic()))
+        return numbers
+
+    async def drain(self, number: int) -> None:
+        """Give a replica nothing more, move what waits there, and wait until it is done with what it works on."""
+        self._known(number)
+        self._draining.add(number)
+        self._move(number, self._scheduler.drain(number, now=time.monotonic()))
+        while number in self._draining and self._scheduler.in_flight(number):
+            await self._something_ends()
+
+    async def remove(self, number: int, timeout: float | None) -> None:
+        """Drain a replica and end it. What it still has after `timeout` seconds goes on elsewhere."""
+        self._known(number)
+        if len(self.roster.numbers) == 1:
+            raise InvalidRequest(f"replica {number} is the last one; leave the cluster instead, or add another first")
+        with anyio.move_on_after(timeout):
+            await self.drain(number)
+        if number not in self.roster.numbers:
+            return  # somebody else removed it meanwhile
+        life = self.roster.dismiss(number)
+        self._draining.discard(number)
+        self._move(number, self._scheduler.remove_replica(number, now=time.monotonic()))
+        if life is not None:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(life.join)
+
+    async def reset_prefix_cache(self) -> None:
+        """Make every replica forget the prefixes that no running request uses, and wait until it has."""
+        await self.roster.tell(self.roster.numbers, ResetCache())
+
+    async def pause(self, paused: bool) -> None:
+        """Stop the replicas between two steps, or let them go on, and wait until they do."""
+        self.roster.paused = paused
+        await self.roster.tell(self.roster.numbers, Pause(paused))
+
+    async def finish(self) -> None:
+        """Wait until no request is in flight."""
+        while self._flights:
+            await self._something_ends()
+
+    def close(self, why: Callable[[str], PrebleError]) -> None:
+        """End every request with an error and ask the replicas to end; `roster.join` waits for that."""
         self._closed = True
         for flight in list(self._flights.values()):
             self.end(flight, why(flight.request_id))
-        for replica in self._replicas.values():
-            replica.stop()
-        return list(self._replicas.values())
+        self.roster.stop()
 
-    # Called from the replicas' threads
+    # What the roster tells
 
-    def reported(self, report: StepReport) -> None:
+    def step_reported(self, report: StepReport) -> None:
         """A replica finished a step."""
-        self._call_soon(self._took_report, report)
-
-    def crashed(self, replica: int, cause: BaseException) -> None:
-        """A replica stopped on an error."""
-        self._call_soon(self._lost_replica, replica, cause)
-
-    def _call_soon(self, function: Callable[..., None], *args: Any) -> None:
-        """Run `function` in the event loop's thread."""
-        try:
-            self._post(function, *args)
-        except RuntimeError:
-            # The loop ended without leaving the cluster: nobody is there to be told.
-            for replica in self._replicas.values():
-                replica.stop()
-
-    # In the event loop's thread
-
-    def _place(self, decision: Placement | Waiting) -> None:
-        """Hand a request to the replica chosen for it. One that waits is placed by a later event."""
-        if isinstance(decision, Waiting):
-            return
-        branch = self._branches[decision.request_id]
-        flight = branch.flight
-        branch.placement = branch.placement or decision
-        branch.replica = decision.replica
-        self._placements[decision.reason] = self._placements.get(decision.reason, 0) + 1
-        tokens = flight.prompt
-        if branch.token_ids:  # it comes from a replica that was lost
-            tokens = np.concatenate([tokens, np.array(branch.token_ids, np.int32)])
-        self._replicas[decision.replica].submit(
-            Submit(
-                request_id=branch.request_id,
-                token_ids=tokens,
-                prompt_length=len(flight.prompt),
-                max_length=min(len(flight.prompt) + flight.sampling.max_tokens, self._longest),
-                sampling=flight.sampling,
-                seed=branch.seed,
-                namespace=flight.terms.namespace,
-                priority=flight.terms.priority,
-                deadline=flight.deadline,
-                expected_tokens=flight.terms.expected_tokens,
-            )
-        )
-
-    def _took_report(self, report: StepReport) -> None:
-        if report.replica not in self._replicas:
-            return
         now = time.monotonic()
-        self._stats[report.replica] = report.stats
         for event in report.events:
-            for placement in self._scheduler.apply(event, now=now):
-                self._place(placement)
+            self._place_all(self._scheduler.apply(event, now=now))
         for delta in report.deltas:
             branch = self._branches.get(delta.request_id)
             if branch is None or branch.replica != report.replica:
@@ -188,24 +229,122 @@ class Dispatcher:
             if flight.done:
                 self._forget(flight)
 
+    def replica_down(self, number: int, cause: BaseException) -> None:
+        """A replica is gone. Its requests go on elsewhere, from the tokens delivered, unless they are suspected."""
+        now = time.monotonic()
+        if not self.roster.serves():
+            self._down_since = now
+        placements = self._scheduler.apply(ReplicaDown(number), now=now)
+        suspects = []
+        for branch in self._branches.values():
+            if branch.replica == number and branch.finish_reason is None:
+                branch.replica = None
+                branch.crashes += 1
+                if branch.crashes >= CRASHES:
+                    suspects.append(branch.flight)
+        for flight in suspects:
+            error = ReplicaCrashed(
+                f"request {flight.request_id!r} was on {CRASHES} replicas when they failed and may be the cause; the "
+                f"last was replica {number}: {type(cause).__name__}: {cause}"
+            )
+            error.__cause__ = cause
+            self.end(flight, error)
+        self._place_all(one for one in placements if one.request_id in self._branches)
+        self._idle.set()
+
+    def replica_up(self, number: int) -> None:
+        """A replica serves again."""
+        self._place_all(self._scheduler.apply(ReplicaUp(number), now=time.monotonic()))
+
+    def is_busy(self, number: int) -> bool:
+        """Whether a replica has requests to work on."""
+        return bool(self._scheduler.in_flight(number))
+
+    def time_passed(self, now: float) -> None:
+        """Requests do not wait for ever for a replica to come back."""
+        if self.roster.serves():
+            return
+        for flight in list(self._flights.values()):
+            if now - max(flight.submitted, self._down_since) >= self._restart_timeout:
+                self.end(
+                    flight,
+                    ReplicaCrashed(
+                        f"request {flight.request_id!r}: no replica came up within {self._restart_timeout:g} s; "
+                        f"the last failure was {self.roster.last_error()}"
+                    ),
+                )
+
+    # Within
+
+    def _call_soon(self, function: Callable[..., None], *args: Any) -> None:
+        """Run `function` in the event loop's thread."""
+        try:
+            self._post(function, *args)
+        except RuntimeError:
+            # The loop ended without leaving the cluster: nobody is there to be told.
+            self.roster.abandon()
+
+    def _known(self, number: int) -> None:
+        if number not in self.roster.numbers:
+            here = ", ".join(map(str, self.roster.numbers))
+            raise InvalidRequest(f"there is no replica {number!r}; there are: {here}")
+
+    def _admit(self, newcomers: dict[int, Ready]) -> None:
+        """New replicas are there."""
+        if self._pages is None:
+            self._pages = min(ready.pages for ready in newcomers.values())
+        for number, ready in newcomers.items():
+            given = self._scheduler.add_replica(
+                capacity_tokens=self._pages * self._page_size, max_batched_tokens=ready.max_batched_tokens
+            )
+            assert given == number
+
+    async def _something_ends(self) -> None:
+        if self._idle.is_set():
+            self._idle = anyio.Event()
+        await self._idle.wait()
+
+    def _move(self, number: int, moved: Moved) -> None:
+        """The scheduler took requests off a replica."""
+        for request_id in moved.request_ids:
+            self._branches[request_id].replica = None
+            self.roster.send(number, Abort(request_id))
+        self._place_all(moved.placements)
+
+    def _place_all(self, placements: Iterable[Placement]) -> None:
+        for placement in placements:
+            self._place(placement)
+
+    def _place(self, decision: Placement | Waiting) -> None:
+        """Hand a request to the replica chosen for it. One that waits is placed by a later event."""
+        if isinstance(decision, Waiting):
+            return
+        branch = self._branches[decision.request_id]
+        flight = branch.flight
+        branch.placement = branch.placement or decision
+        branch.replica = decision.replica
+        self._placements[decision.reason] = self._placements.get(decision.reason, 0) + 1
+        tokens = flight.prompt
+        if branch.token_ids:  # it comes from another replica
+            tokens = np.concatenate([tokens, np.array(branch.token_ids, np.int32)])
+        self.roster.send(
+            decision.replica,
+            Submit(
+                request_id=branch.request_id,
+                token_ids=tokens,
+                prompt_length=len(flight.prompt),
+                max_length=min(len(flight.prompt) + flight.sampling.max_tokens, self.longest),
+                sampling=flight.sampling,
+                seed=branch.seed,
+                namespace=flight.terms.namespace,
+                priority=flight.terms.priority,
+                deadline=flight.deadline,
+                expected_tokens=flight.terms.expected_tokens,
+            ),
+        )
+
     def _forget(self, flight: Flight) -> None:
         del self._flights[flight.request_id]
         for branch in flight.branches:
             del self._branches[branch.request_id]
-
-    def _lost_replica(self, number: int, cause: BaseException) -> None:
-        """Take a crashed replica out; its requests go on elsewhere, unless they were on a crashed one before."""
-        del self._replicas[number]
-        if self._closed:
-            return
-        for branch in list(self._branches.values()):
-            if branch.replica != number or branch.flight.done:
-                continue
-            branch.crashes += 1
-            branch.replica = None
-            if branch.crashes > 1 or not self._replicas:
-                error = ReplicaCrashed(f"request {branch.flight.request_id!r}: replica {number} crashed: {cause!r}")
-                error.__cause__ = cause
-                self.end(branch.flight, error)
-        for placement in self._scheduler.apply(ReplicaDown(number), now=time.monotonic()):
-            self._place(placement)
+        self._idle.set()

@@ -12,10 +12,10 @@ import torch
 
 from preble.engine.host_load import kv_pages
 from preble.engine.loading import load_model
+from preble.engine.options import EngineOptions
+from preble.engine.source import EngineSource, parse_bytes
 from preble.errors import DeviceError, InvalidRequest
 from preble.replica.devices import place_replicas
-from preble.replica.launch import load, parse_bytes
-from preble.replica.options import LoadOptions
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,22 @@ def test_pages_are_what_the_memory_holds(llama: Path) -> None:
     assert kv_pages(model, 16, None, sharing=2) * page <= 4 << 30
 
 
-def test_replicas_on_a_device_share_one_copy_of_the_weights(llama: Path) -> None:
-    options = LoadOptions(replicas=3, devices=["cpu"], dtype="float32", page_size=16, kv_memory="64KiB")
-    loaded = load(llama, options)
-    assert len({id(engine._runner._model) for engine in loaded.engines}) == 1
-    assert len({id(engine._runner._kv) for engine in loaded.engines}) == 3
-    assert [engine.stats().replica for engine in loaded.engines] == [0, 1, 2]
+def test_engines_on_a_device_share_one_copy_of_the_weights(llama: Path) -> None:
+    with EngineSource(str(llama), EngineOptions(dtype="float32", page_size=16, kv_memory="64KiB")) as source:
+        engines = [source.engine(number, "cpu", sharing=3) for number in range(3)]
+        few = source.engine(3, "cpu", sharing=3, pages=2)
+    assert len({id(engine._runner._model) for engine in engines}) == 1
+    assert len({id(engine._runner._kv) for engine in engines}) == 3
+    assert [engine.stats().replica for engine in engines] == [0, 1, 2]
+    assert engines[0].ready().pages == (64 << 10) // (2 * 2 * 16 * 2 * 8 * 4)
+    assert few.ready().pages == 2
+
+
+def test_the_built_in_models_files_are_gone_afterwards() -> None:
+    with EngineSource("demo", EngineOptions()) as source:
+        folder = source.tokenizer.folder
+        assert folder.is_dir()
+    assert not folder.exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc, which only Linux has")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from preble.engine.generation import Generation
-from preble.engine.messages import Delta, StepReport, Submit
+from preble.engine.messages import Abort, Command, Delta, Pause, Ready, StepReport, Submit
 from preble.engine.runner import Launched, Runner
 from preble.outputs import ReplicaStats
 from preble.sched.events import StepTimed
@@ -76,6 +76,8 @@ class Engine:
         self._replica = replica
         self._flights: deque[Flight] = deque()
         """Steps whose results are not read yet, the oldest first."""
+        self._paused = False
+        self._taken = 0
         self._landed = 0.0
         """`time.monotonic()` when the last result was read."""
         self._recent: deque[tuple[float, int]] = deque()
@@ -84,7 +86,25 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would compute something or read a result."""
+        if self._paused:
+            return bool(self._flights)
         return bool(self.scheduler.running or self.scheduler.waiting or self._flights)
+
+    def ready(self) -> Ready:
+        """What the cluster must know before it sends requests."""
+        return Ready(self._runner.pages, self.scheduler.max_batched_tokens, self.stats())
+
+    def obey(self, command: Command) -> None:
+        """Take in a command between two steps."""
+        self._taken += 1
+        if isinstance(command, Submit):
+            self.submit(command)
+        elif isinstance(command, Abort):
+            self.abort(command.request_id)
+        elif isinstance(command, Pause):
+            self._paused = command.paused
+        else:
+            self.scheduler.reset_prefix_cache()
 
     def submit(self, request: Submit) -> None:
         """Queue a request."""
@@ -110,9 +130,9 @@ class Engine:
         self.scheduler.abort(request_id)
 
     def step(self) -> StepReport:
-        """Launch a step, and report those whose results are due. With neither, reports what `abort` left to tell."""
+        """Launch a step, and report those whose results are due. With neither, reports what commands left to tell."""
         began = time.monotonic()
-        plan = self.scheduler.plan(now=began)
+        plan = None if self._paused else self.scheduler.plan(now=began)
         if plan is not None:
             self._flights.append(Flight(plan, self._runner.launch(plan), began))
             self.computed_tokens += plan.tokens
@@ -125,7 +145,8 @@ class Engine:
             timings.append(_timed(self._replica, flight.plan, now - max(flight.began, self._landed)))
             self.scheduler.learn(timings[-1])
             self._landed = now
-        return StepReport(self._replica, self.stats(), deltas, [*self.scheduler.take_events(), *timings])
+        events = [*self.scheduler.take_events(), *timings]
+        return StepReport(self._replica, self.stats(), deltas, events, self._taken)
 
     def stats(self) -> ReplicaStats:
         """The replica as it is between two steps."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from preble.engine.options import EngineOptions
 from preble.outputs import FinishReason, ReplicaStats, TokenLogprob
 from preble.sampling import SamplingParams
 from preble.sched.events import Event
@@ -53,20 +54,6 @@ Command: TypeAlias = Submit | Abort | ResetCache | Pause
 
 
 @dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What a user may choose about engines; see `Cluster`."""
-
-    dtype: str = "auto"
-    page_size: int = 64
-    kv_memory: int | str | None = None
-    kv_dtype: str = "auto"
-    attention: str = "auto"
-    max_batched_tokens: int | None = None
-    max_running: int = 256
-    local_order: str = "hrrn"
-
-
-@dataclass(frozen=True, slots=True)
 class Launch:
     """The first thing that a worker process is told: which engine it shall be."""
 
@@ -109,6 +96,8 @@ class StepReport:
     stats: ReplicaStats
     deltas: list[Delta] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    taken: int = 0
+    """Commands that the engine has taken in since it was made; they were in effect during this step."""
 
 
 @dataclass(frozen=True, slots=True)

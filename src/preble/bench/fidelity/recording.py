@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from preble.bench.fidelity.requests import FIRST_TOKEN, prompt_ids
 from preble.cluster import Cluster
 from preble.demo_model import VOCABULARY
-from preble.engine.messages import StepReport
+from preble.engine.messages import Ready, StepReport
 from preble.outputs import GenerationOutput
-from preble.replica.base import Listener
+from preble.replica.base import Listener, Replica
 from preble.sched.events import StepTimed
 from preble.sim.trace import Trace
 
@@ -151,17 +151,25 @@ class Tap:
         self._listener = listener
         self._loop = loop
 
-    def reported(self, report: StepReport) -> None:
+    def ready(self, replica: Replica, ready: Ready) -> None:
+        """A replica can serve."""
+        self._listener.ready(replica, ready)
+
+    def reported(self, replica: Replica, report: StepReport) -> None:
         """A replica finished a step; called from its thread."""
         ended = time.monotonic()
         more = bool(report.stats.running or report.stats.waiting)
-        self._listener.reported(report)
+        self._listener.reported(replica, report)
         # In the loop, functions run in the order in which they are posted: the report was taken in just before.
         self._loop(self._taken_in, report, ended, more)
 
-    def crashed(self, replica: int, cause: BaseException) -> None:
+    def failed(self, replica: Replica, cause: BaseException) -> None:
         """A replica stopped on an error."""
-        self._listener.crashed(replica, cause)
+        self._listener.failed(replica, cause)
+
+    def ended(self, replica: Replica) -> None:
+        """A replica is gone."""
+        self._listener.ended(replica)
 
     def _taken_in(self, report: StepReport, ended: float, more: bool) -> None:
         now = time.monotonic()
@@ -215,8 +223,8 @@ async def record(fleet: Fleet, trace: Trace, *, at_once: bool = False, advance: 
 def _tapped(cluster: Cluster) -> Tap:
     """Listens in on the replicas of a running cluster, all of which are idle."""
     dispatcher: Any = cluster._dispatcher
-    tap = Tap(dispatcher, dispatcher._call_soon)
-    for replica in dispatcher._replicas.values():
+    tap = Tap(dispatcher.roster, dispatcher._call_soon)
+    for replica in dispatcher.roster._lives:
         replica._listener = tap
     return tap
 

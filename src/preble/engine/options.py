@@ -1,17 +1,14 @@
-"""How replicas are to be made."""
+"""How engines are to be made."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """What a user may choose about replicas; see `Cluster`."""
+class EngineOptions:
+    """What a user may choose about engines; see `Cluster`."""
 
-    replicas: int | None = None
-    devices: Sequence[str] | None = None
     dtype: str = "auto"
     page_size: int = 64
     kv_memory: int | str | None = None
