@@ -50,7 +50,7 @@ class Tokenizer:
         self._hf = _load(self.folder)
         self._lock = threading.Lock()
         self._rendering = threading.Lock()
-        """Templates are rendered in Python, one at a time: several would hardly let an event loop have the interpreter."""
+        """Templates run in Python, one at a time: several would hardly let an event loop have the interpreter."""
         self._backend = getattr(self._hf, "backend_tokenizer", None)
         if self._backend is not None:
             # Set once and never again: a Rust tokenizer serves many threads as long as nobody changes it.
