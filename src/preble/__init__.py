@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from preble.cluster import Cluster as Cluster
     from preble.errors import CheckpointError as CheckpointError
+    from preble.errors import ClusterOverloaded as ClusterOverloaded
     from preble.errors import ClusterStateError as ClusterStateError
     from preble.errors import DeviceError as DeviceError
     from preble.errors import InvalidRequest as InvalidRequest
@@ -46,6 +47,7 @@ _HOMES = {
     "preble.cluster": ("Cluster",),
     "preble.errors": (
         "CheckpointError",
+        "ClusterOverloaded",
         "ClusterStateError",
         "DeviceError",
         "InvalidRequest",

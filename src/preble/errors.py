@@ -45,6 +45,15 @@ class ClusterStateError(PrebleError, RuntimeError):
     """A cluster was used before `async with` entered it, after it left, or was entered twice."""
 
 
+class ClusterOverloaded(PrebleError, RuntimeError):
+    """`max_pending` requests are in flight, and `Cluster(overload="refuse")` lets nobody wait. `retry_after` suggests
+    in how many seconds to try again, from how fast requests end: between 0.01 and 60, later for each one refused."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class RequestTimeout(PrebleError, TimeoutError):
     """The request's `timeout` passed. `partial` holds what had been generated, `None` before the first token."""
 
