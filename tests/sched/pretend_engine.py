@@ -1,4 +1,4 @@
-"""An engine that computes nothing but notices when it is told to read the wrong KV."""
+"""An engine that computes nothing but notices when it is told to read the wrong KV, or KV that should be forgotten."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import deque
 
 import numpy as np
 
+from preble.sched.block_table import BlockTable
 from preble.sched.events import Admitted, Event, Evicted, Finished, Preempted, Progressed, Stored
 from preble.sched.hashing import namespace_salt, page_hashes
 from preble.sched.local import LocalScheduler
@@ -33,7 +34,12 @@ class PretendEngine:
         """Steps whose results the scheduler does not know, and the tokens they sample."""
         self.unknown: dict[Sequence, list[int]] = {}
         """The same tokens by request."""
-        self.slots: dict[int, int] = {}
+        self.slots: dict[int, tuple[int, int]] = {}
+        """Slot -> hash of the prefix that ends there, and the epoch in which it was begun."""
+        self.epoch = 0
+        """How often the prefix cache was reset."""
+        self.begun: dict[Sequence, tuple[BlockTable, int]] = {}
+        """Request -> the block table that it was admitted with last, and the epoch of that admission."""
         self.finished: dict[str, list[int]] = {}
         self.resident: dict[str, set[int]] = {}
         self.now = 0.0
@@ -69,10 +75,16 @@ class PretendEngine:
             assert not sequence.lockstep or stop <= sequence.length, "a token in lockstep is unknown"
             prefixes = page_hashes(np.array(tokens, np.int32), 1, base=namespace_salt(sequence.namespace)).tolist()
             places = self._places(sequence, stop)
+            table, epoch = self.begun.get(sequence, (None, 0))
+            if table is not sequence.table:  # it was admitted for this step
+                epoch = self.epoch
+                self.begun[sequence] = (sequence.table, epoch)
             for position in range(chunk.start):
-                assert self.slots[places[position]] == prefixes[position], "KV of another prefix"
+                prefix, of_epoch = self.slots[places[position]]
+                assert prefix == prefixes[position], "KV of another prefix"
+                assert of_epoch == epoch, "KV from before the cache was reset, or that depends on such"
             for position in range(chunk.start, stop):
-                self.slots[places[position]] = prefixes[position]
+                self.slots[places[position]] = prefixes[position], epoch
             assert chunk.samples == (stop == len(tokens))
             if chunk.samples:
                 token = self.rng.randrange(3)
@@ -102,6 +114,13 @@ class PretendEngine:
         places = [slot for start, length in spans for slot in range(start, start + length)]
         assert places == [sequence.table.pages[i // size] * size + i % size for i in range(tokens)]
         return places
+
+    def reset_prefix_cache(self) -> None:
+        """As when the weights change."""
+        self.epoch += 1
+        self.scheduler.reset_prefix_cache()
+        self.take_events()
+        assert not any(self.resident.values()), "some pages are still said to be cached"
 
     def take_events(self) -> None:
         """Take in what the scheduler tells, as the global scheduler would."""

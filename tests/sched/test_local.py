@@ -212,6 +212,47 @@ def test_a_prefix_in_the_making_is_waited_for_only_within_a_namespace() -> None:
     assert ("same", 3) in [(chunk.sequence.request_id, chunk.count) for chunk in plan.chunks]
 
 
+def test_nobody_waits_for_a_prefix_that_will_not_be_shared_any_more() -> None:
+    """The running one began before the cache was reset."""
+    scheduler = LocalScheduler(pages=64, page_size=4, max_batched_tokens=10)
+    prompt = list(range(15))
+    start(scheduler, sequence("before", prompt))
+    scheduler.reset_prefix_cache()
+    scheduler.add(sequence("after", prompt), now=0.0)
+    plan = scheduler.plan(now=0.0)
+    assert plan is not None
+    assert [(chunk.sequence.request_id, chunk.start, chunk.count) for chunk in plan.chunks] == [
+        ("before", 10, 5),
+        ("after", 0, 5),
+    ]
+
+
+def test_after_a_reset_a_preempted_request_is_computed_from_its_first_token() -> None:
+    scheduler = LocalScheduler(pages=64, page_size=4, max_batched_tokens=100)
+    runs, waits = sequence("runs", list(range(15))), sequence("waits", [7] * 15)
+    start(scheduler, runs, waits)
+    scheduler.preempt("waits")
+    assert waits.matched == 12
+    scheduler.reset_prefix_cache()
+    scheduler.check()
+    scheduler.preempt("runs")
+    assert scheduler.cache.pool.free == 64, "nothing of it is kept"
+    plan = scheduler.plan(now=0.0)
+    assert plan is not None
+    assert {(chunk.sequence.request_id, chunk.start) for chunk in plan.chunks} == {("runs", 0), ("waits", 0)}
+    scheduler.check()
+
+
+def test_a_reset_makes_room_for_who_did_not_fit() -> None:
+    scheduler = LocalScheduler(pages=5, page_size=2, max_batched_tokens=16)
+    start(scheduler, sequence("running", [1, 2, 3, 4, 5], new=5))
+    scheduler.add(sequence("large", [6, 7, 8, 9], new=2), now=0.0)
+    assert scheduler.plan(now=0.0) is not None
+    assert scheduler._patience > 0
+    scheduler.reset_prefix_cache()
+    assert scheduler._patience == 0, "it is looked at again"
+
+
 def admission_order(scheduler: LocalScheduler, now: float = 0.0) -> list[str]:
     """Let every request generate one token and end; who was admitted when."""
     admitted: list[str] = []

@@ -174,6 +174,11 @@ class LocalMachine(RuleBasedStateMachine):
         self.scheduler.cache.clear()
         self.engine.take_events()
 
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        """Perhaps with steps in flight. What is computed from older KV must not be read by anyone else from now on."""
+        self.engine.reset_prefix_cache()
+
     @rule(seconds=st.sampled_from([0.0, 5.0, 100.0]))
     def wait(self, seconds: float) -> None:
         self.engine.now += seconds

@@ -7,7 +7,7 @@ import pytest
 
 from preble.sched.block_table import BlockTable
 from preble.sched.pages import PagePool
-from preble.sched.prefix_cache import PrefixCache
+from preble.sched.prefix_cache import CacheChange, PrefixCache
 
 
 def tokens(*values: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
@@ -149,3 +149,49 @@ def test_what_others_have_locked_too_is_not_held_alone() -> None:
     cache.release(long)
     assert cache.available - before == 3
     assert cache.held_alone(short) == 2
+
+
+def names(changes: list[CacheChange], namespace: str) -> list[int]:
+    return sorted(int(name) for one in changes if one.namespace == namespace for part in one.hashes for name in part)
+
+
+def test_a_reset_frees_what_nobody_uses_and_keeps_the_rest_for_its_users_alone() -> None:
+    cache = PrefixCache(pages=8, page_size=1)
+    store(cache, 1, 2, 3)
+    store(cache, 1, 2, 4)
+    store(cache, 1, 2, 5, namespace="tenant")
+    first = cache.lock("", tokens(1, 2, 3))
+    second = cache.lock("", tokens(1, 2))
+    stored = cache.take_changes()
+    cache.reset()
+    evicted = cache.take_changes()
+    assert not any(change.stored for change in evicted)
+    for namespace, pages in (("", 4), ("tenant", 3)):
+        assert names(evicted, namespace) == names(stored, namespace)
+        assert len(names(evicted, namespace)) == pages
+    assert (cached(cache, 1, 2, 3), cached(cache, 1, 2, 5, namespace="tenant")) == (0, 0)
+    assert (cache.pool.free, cache.cached, cache.in_use) == (5, 0, 3)
+    assert len(cache.pages_of(first)) == 3
+    assert (cache.held_alone(first), cache.held_alone(second)) == (1, 0)
+    cache.check({first: 1, second: 1}, [])
+    cache.release(first)
+    assert cache.in_use == 2, "the other still reads these"
+    cache.check({second: 1}, [])
+    cache.release(second)
+    assert (cache.pool.free, cache.take_changes()) == (8, [])
+    cache.check({}, [])
+
+
+def test_what_continues_a_forgotten_prefix_is_not_cached_and_new_copies_are() -> None:
+    cache = PrefixCache(pages=8, page_size=1)
+    old, table = cache.lock("", tokens(1, 2)), BlockTable(cache.allocate(2) or [])
+    cache.reset()
+    assert cache.publish(old, tokens(1, 2), table) is old, "it had locked nothing, and is forgotten all the same"
+    assert cached(cache, 1, 2) == 0
+    store(cache, 1, 2)
+    assert cached(cache, 1, 2) == 2
+    assert cache.publish(old, tokens(1, 2), table) is old
+    cache.check({old: 1}, table.pages)
+    cache.release(old)
+    assert cached(cache, 1, 2) == 2, "another's namespace is not forgotten with it"
+    cache.check({}, table.pages)

@@ -134,6 +134,14 @@ class LocalScheduler:
             self._finish(sequence)
         return sequence
 
+    def expire(self, now: float) -> list[Sequence]:
+        """End the waiting requests whose deadline has passed, between two steps: nobody wants their output any more, so
+        no step shall compute it. Those that run go on until they are aborted."""
+        expired = self.waiting.expired(now)
+        for sequence in expired:
+            self._finish(sequence)
+        return expired
+
     def preempt(self, request_id: str) -> bool:
         """Take a running request off its pages between two steps; it goes on from the queue, no token is lost.
 
@@ -149,6 +157,20 @@ class LocalScheduler:
         self._events.append(Preempted(self.replica, request_id))
         self._queue(sequence)
         return True
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix, between two steps: nothing computed before is used for what is admitted from now
+        on, as if the weights had changed.
+
+        Pages that nobody uses are free at once, those of running requests when these leave. A running request goes on
+        with its pages, and shares none: neither what it has computed nor what it will compute on top of that enters the
+        cache. Preempted, it starts from nothing. Waiting requests hold no pages, and steps planned ahead belong to
+        running requests or to ones that ended, so there is nothing else.
+
+        `Evicted` events name all that was in the cache, the pages in use included.
+        """
+        self.cache.reset()
+        self._patience = 0
 
     def plan(self, *, now: float) -> StepPlan | None:
         """Choose the next step's work and reserve its pages; `None` where there is nothing to do before a `commit`.
@@ -419,6 +441,8 @@ class LocalScheduler:
         prefix = sequence.tokens[:stop]
         return any(
             other.remaining > 1
+            and other.node is not None
+            and not other.node.retired
             and other.length >= stop
             and other.namespace == sequence.namespace
             and np.array_equal(other.tokens[matched:stop], prefix[matched:])

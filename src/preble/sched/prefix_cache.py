@@ -13,15 +13,17 @@ from preble.sched.radix import Node, RadixTree
 
 
 class CachedRun(Node):
-    """A run of pages in the cache. `users` counts the sequences that read it; their ancestors count them too."""
+    """A run of pages in the cache. `users` counts the sequences that read it; their ancestors count them too. `retired`
+    once the cache has forgotten it: it is no longer in the tree, and there only for those who use it."""
 
-    __slots__ = ("last_used", "namespace", "pages", "users")
+    __slots__ = ("last_used", "namespace", "pages", "retired", "users")
 
     def __init__(self, tokens: Tokens, hashes: Hashes, parent: Node | None, start: int) -> None:
         super().__init__(tokens, hashes, parent, start)
         self.pages: list[int] = []
         self.users = 0
         self.last_used = 0
+        self.retired = False
         self.namespace: str = parent.namespace if isinstance(parent, CachedRun) else ""
 
 
@@ -121,7 +123,7 @@ class PrefixCache:
         """Put a sequence's computed whole pages into the cache and move its lock from `node` to their end.
 
         Where another sequence published the same prefix first, the sequence's own copies are freed and its block table
-        names the cached ones instead.
+        names the cached ones instead. What continues a retired run is not published.
 
         Args:
             node: the run the sequence has locked.
@@ -130,7 +132,7 @@ class PrefixCache:
         """
         size = self.page_size
         stop = len(tokens) - len(tokens) % size
-        if stop <= node.end:
+        if stop <= node.end or node.retired:
             return node
         deepest, matched = self._tree.walk(node, tokens[:stop])
         if matched < deepest.end:
@@ -151,16 +153,20 @@ class PrefixCache:
         return deepest
 
     def release(self, node: CachedRun) -> None:
-        """Undo a lock: what nobody uses any more becomes evictable."""
+        """Undo a lock: what nobody uses any more becomes evictable, or free where it is retired."""
         self._clock += 1
         for run in self._path(node):
             run.users -= 1
             run.last_used = self._clock
             if run.users == 0:
+                if run.retired:
+                    self.pool.release(run.pages)
+                    continue
                 self.cached += len(run.pages)
                 if not run.children:
                     self._offer(run)
-        self._forget_empty_root(run)
+        if not run.retired:
+            self._forget_empty_root(run)
 
     def allocate(self, count: int, *, after: int | None = None, room: int = 0) -> list[int] | None:
         """`count` pages, evicting cached ones where none is free; `None` (and no change) where that is not enough."""
@@ -180,6 +186,17 @@ class PrefixCache:
         while self.cached:
             self._evict(self.cached)
 
+    def reset(self) -> None:
+        """Forget everything: evict what nobody uses, and retire the rest."""
+        self.clear()
+        for run in [*self._tree.roots.values(), *self._tree.nodes()]:
+            run.retired = True
+            run.children = {}
+            if run.pages:
+                self._changed(False, run, run.hashes)
+        self._tree.roots.clear()
+        self._nodes = 0
+
     def check(self, holders: dict[CachedRun, int], private: list[int]) -> None:
         """Prove the accounts from scratch.
 
@@ -192,12 +209,21 @@ class PrefixCache:
         for node, count in holders.items():
             for run in self._path(node):
                 users[id(run)] = users.get(id(run), 0) + count
+        retired: dict[int, CachedRun] = {}
+        for node in holders:
+            retired.update({id(run): run for run in self._path(node) if run.retired})
         cached = 0
         owned = list(private)
+        for run in retired.values():
+            assert run.users == users[id(run)]
+            assert not run.children, "a retired run can be reached from another"
+            owned += run.pages
         for root in self._tree.roots.values():
+            assert not root.retired
             assert root.users == users.get(id(root), 0)
             assert root.users or root.children, f"namespace {root.namespace!r} is empty and still known"
         for run in self._tree.nodes():
+            assert not run.retired
             assert len(run.pages) * self.page_size == len(run.tokens)
             assert run.users == users.get(id(run), 0)
             owned += run.pages
