@@ -162,6 +162,21 @@ class LocalMachine(RuleBasedStateMachine):
             self.engine.left(name)
         self.engine.take_events()
 
+    @rule(seconds=st.sampled_from([0.0, 0.0, 2.0, 30.0]))
+    def expire(self, seconds: float) -> None:
+        """Who waits too long leaves, perhaps preempted and with a step in flight; who runs stays."""
+        self.engine.now += seconds
+        scheduler, now = self.scheduler, self.engine.now
+        late = {one.request_id for one in scheduler.waiting if one.deadline <= now}
+        running = list(scheduler.running)
+        assert {one.request_id for one in scheduler.expire(now)} == late
+        assert scheduler.running == running
+        for name in late:
+            assert scheduler.get(name) is None
+            self.aborted.add(name)
+            self.engine.left(name)
+        self.engine.take_events()
+
     @precondition(lambda self: self.scheduler.running)
     @rule(data=st.data())
     def preempt(self, data: st.DataObject) -> None:

@@ -132,6 +132,7 @@ class Engine:
     def step(self) -> StepReport:
         """Launch a step, and report those whose results are due. With neither, reports what commands left to tell."""
         began = time.monotonic()
+        self.scheduler.expire(began)
         plan = None if self._paused else self.scheduler.plan(now=began)
         if plan is not None:
             self._flights.append(Flight(plan, self._runner.launch(plan), began))

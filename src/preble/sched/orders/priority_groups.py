@@ -9,7 +9,7 @@ from typing import ClassVar
 from preble.sched.cost import CostModel
 from preble.sched.invariants import require
 from preble.sched.orders.base import WaitingOrder
-from preble.sched.orders.fcfs import by_age
+from preble.sched.orders.fcfs import by_age, take_out
 from preble.sched.sequence import Sequence
 
 GROUPS = 10
@@ -53,7 +53,7 @@ class PriorityGroups(WaitingOrder):
         insort(self._groups[group], sequence, key=by_age)
 
     def remove(self, sequence: Sequence) -> None:
-        self._groups[self._group.pop(sequence)].remove(sequence)
+        take_out(self._groups[self._group.pop(sequence)], sequence, by_age)
 
     def update(self, sequence: Sequence) -> None:
         if group_of(sequence) != self._group[sequence]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Set
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Iterator, Set
+from typing import Any
 
 from preble.sched.cost import CostModel
 from preble.sched.invariants import require
 from preble.sched.orders.base import WaitingOrder
-from preble.sched.orders.fcfs import by_age
+from preble.sched.orders.fcfs import by_age, take_out
 from preble.sched.sequence import Sequence
 
 URGENT_AFTER = 0.25
 """A request becomes urgent when this share of the time to its deadline has passed since it came."""
+
+
+def by_urgency(sequence: Sequence) -> tuple[float, int]:
+    """The key by which whoever becomes urgent first comes first, and of equal ones the oldest."""
+    return urgent_from(sequence), sequence.serial
 
 
 def urgent_from(sequence: Sequence) -> float:
@@ -73,6 +79,10 @@ class WaitingQueue:
             del self._classes[sequence.priority]
             del self._highest_last[bisect_left(self._highest_last, sequence.priority)]
 
+    def expired(self, now: float) -> list[Sequence]:
+        """Those whose deadline has passed."""
+        return [one for known in self._classes.values() for one in known.expired(now)]
+
     def update(self, sequence: Sequence) -> None:
         """The `matched` of a request that is here may have changed."""
         self._classes[sequence.priority].order.update(sequence)
@@ -116,24 +126,28 @@ class _PriorityClass:
         return len(self.oldest_first)
 
     def __contains__(self, sequence: Sequence) -> bool:
-        at = bisect_left(self.oldest_first, sequence.serial, key=by_age)
-        return at < len(self.oldest_first) and self.oldest_first[at] is sequence
+        return _is_in(self.oldest_first, sequence, by_age)
 
     def add(self, sequence: Sequence) -> None:
         insort(self.oldest_first, sequence, key=by_age)
         self.order.add(sequence)
         if sequence.deadline < math.inf:
-            insort(self._calm, sequence, key=urgent_from)
+            insort(self._calm, sequence, key=by_urgency)
 
     def remove(self, sequence: Sequence) -> None:
-        self.oldest_first.remove(sequence)
+        take_out(self.oldest_first, sequence, by_age)
         self.order.remove(sequence)
-        if sequence.deadline < math.inf:
-            (self._urgent if sequence in self._urgent else self._calm).remove(sequence)
+        if _is_in(self._urgent, sequence, by_deadline):
+            take_out(self._urgent, sequence, by_deadline)
+        elif sequence.deadline < math.inf:
+            take_out(self._calm, sequence, by_urgency)
+
+    def expired(self, now: float) -> list[Sequence]:
+        self._become_urgent(now)
+        return self._urgent[: bisect_right(self._urgent, now, key=lambda one: one.deadline)]
 
     def next(self, now: float, passing: Set[Sequence]) -> Sequence | None:
-        while self._calm and urgent_from(self._calm[0]) <= now:
-            insort(self._urgent, self._calm.pop(0), key=by_deadline)
+        self._become_urgent(now)
         urgent = _first(self._urgent, passing)
         if urgent is not None:
             return urgent
@@ -143,11 +157,15 @@ class _PriorityClass:
 
     def served(self, sequence: Sequence) -> None:
         """`next` returned this one, and it is admitted."""
-        if sequence in self._urgent:
+        if _is_in(self._urgent, sequence, by_deadline):
             return
         if not self._is_turn_of_the_oldest:
             self.order.served(sequence)
         self._turns += 1
+
+    def _become_urgent(self, now: float) -> None:
+        while self._calm and urgent_from(self._calm[0]) <= now:
+            insort(self._urgent, self._calm.pop(0), key=by_deadline)
 
     @property
     def _is_turn_of_the_oldest(self) -> bool:
@@ -157,7 +175,7 @@ class _PriorityClass:
         waiting = self.oldest_first
         require(waiting == sorted(waiting, key=by_age), "waiting: not by age")
         require(len({one.serial for one in waiting}) == len(waiting), "waiting: a request waits twice")
-        require(self._calm == sorted(self._calm, key=urgent_from), "waiting: not by when they become urgent")
+        require(self._calm == sorted(self._calm, key=by_urgency), "waiting: not by when they become urgent")
         require(self._urgent == sorted(self._urgent, key=by_deadline), "waiting: urgent ones not by deadline")
         with_deadline = sorted([*self._calm, *self._urgent], key=by_age)
         require(with_deadline == [one for one in waiting if one.deadline < math.inf], "waiting: a deadline is lost")
@@ -166,3 +184,8 @@ class _PriorityClass:
 
 def _first(sequences: list[Sequence], passing: Set[Sequence]) -> Sequence | None:
     return next((one for one in sequences if one not in passing), None)
+
+
+def _is_in(ordered: list[Sequence], sequence: Sequence, key: Callable[[Sequence], Any]) -> bool:
+    at = bisect_left(ordered, key(sequence), key=key)
+    return at < len(ordered) and ordered[at] is sequence
