@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 CRASHES = 2
 """A request that was on so many replicas when they failed is suspected to be the cause, and fails itself."""
+
+RECOVERIES = 1_000
+"""How many of the latest recoveries `stats` tells of."""
 
 
 class Dispatcher:
@@ -54,6 +58,7 @@ class Dispatcher:
         self._branches: dict[str, Branch] = {}
         self._placements: dict[str, int] = {}
         self._draining: set[int] = set()
+        self._recoveries: deque[float] = deque(maxlen=RECOVERIES)
         self._pages: int | None = None
         """KV pages of each replica: all have as many, so that a request which fits one fits any."""
         self._closed = False
@@ -138,6 +143,7 @@ class Dispatcher:
             pending=len(self._flights),
             policy=self._scheduler.policy_name,
             placements=dict(self._placements),
+            recoveries=tuple(self._recoveries),
         )
 
     def health(self) -> ClusterHealth:
@@ -224,6 +230,9 @@ class Dispatcher:
             if delta.error is not None:
                 self.end(flight, request_failed(flight.request_id, delta.error))
                 continue
+            if branch.lost is not None and delta.token_ids:
+                self._recoveries.append(now - branch.lost)
+                branch.lost = None
             branch.take(delta, now)
             flight.took(now)
             if flight.done:
@@ -240,6 +249,7 @@ class Dispatcher:
             if branch.replica == number and branch.finish_reason is None:
                 branch.replica = None
                 branch.crashes += 1
+                branch.lost = now if branch.lost is None else branch.lost
                 if branch.crashes >= CRASHES:
                     suspects.append(branch.flight)
         for flight in suspects:

@@ -35,6 +35,8 @@ class Branch:
         """Where it runs now."""
         self.crashes = 0
         """Replicas that were lost while running this request."""
+        self.lost: float | None = None
+        """When its replica was found to have failed, until it goes on."""
         self.cached_tokens = 0
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []

@@ -144,6 +144,8 @@ class ClusterStats:
     policy: str
     placements: dict[str, int]
     """How many requests were placed for which reason."""
+    recoveries: tuple[float, ...] = ()
+    """Of the latest requests that lost their replica: seconds from when that was noticed to their next token."""
 
     @property
     def hit_rate(self) -> float:
