@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -12,11 +15,12 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
+from preble.admission import Admission
+from preble.engine.options import EngineOptions
 from preble.errors import ClusterStateError, InvalidRequest, PrebleError, PromptTooLong
-from preble.flight import Flight
+from preble.flight import Flight, request_failed
 from preble.outputs import ClusterStats, GenerationOutput
 from preble.prompts import Prompt, check_text, prompt_tokens
-from preble.replica.options import LoadOptions
 from preble.sampling import SamplingParams
 from preble.stream import Stream
 from preble.terms import Terms
@@ -24,11 +28,17 @@ from preble.terms import Terms
 if TYPE_CHECKING:
     from os import PathLike
 
+    import torch
+
+    from preble.health import ClusterHealth
     from preble.sched.hashing import Tokens
     from preble.sched.policies import Policy
 
 LONG_TEXT = 2_000
 """Characters from which a prompt is tokenized in a worker thread, so that the event loop never waits for it."""
+
+TERMS = {field.name for field in fields(Terms)}
+"""The options of a request that are no sampling."""
 
 Message = Mapping[str, Any]
 
@@ -49,7 +59,8 @@ class Cluster:
         policy: name of a placement policy, or an object of your own (`preble.sched.policies.Policy`).
         local_order: how a replica serves what waits there: `"hrrn"` (short prompts first, with ageing), `"preble"`
             (groups by the share of the prompt that is cached) or `"fcfs"`.
-        workers: `"thread"` runs replicas as threads of this process; `"auto"` chooses.
+        workers: `"process"` runs each replica in a process of its own, so that a crash of one harms nobody else;
+            `"thread"` runs them as threads of this process. `"auto"` takes processes on GPUs, threads on the CPU.
         dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`. `"auto"` takes the checkpoint's own type where the
             device computes in it, else float32.
         attention: how a GPU attends: `"triton"` (our kernels), `"flash-attn"` (the package, where it is installed),
@@ -63,8 +74,17 @@ class Cluster:
         max_batched_tokens: tokens one step computes at most; prompts are cut into chunks of this. By default 8192 on a
             GPU, 1024 on the CPU.
         max_running: requests that one replica runs at once, at most.
-        max_pending: requests accepted and not finished, at most; `generate` waits for its turn beyond that.
+        max_pending: requests in flight, at most, a request counting `n` times. Memory grows with this, however fast
+            requests arrive: a prompt is tokenized only when it is the request's turn.
+        overload: what happens to requests beyond that. `"wait"`: they wait for their turn, by priority, deadline and
+            age. `"refuse"`: `generate` and `stream` raise `ClusterOverloaded`, and only `generate_many` waits.
+        hang_timeout: seconds without a step, with requests to work on, after which a replica counts as failed; more
+            than the longest step takes.
+        restart_timeout: seconds that requests wait for a replica when none is up, and that a restart may take.
         seed: makes placement ties and unseeded sampling repeatable.
+
+    A replica that crashes, is killed, hangs or runs out of memory is taken out, and started again with backoff. Its
+    requests go on elsewhere from the tokens delivered, with the same continuation; see `docs/operations.md`.
 
     Raises:
         CheckpointError: on entering, when the model cannot be loaded.
@@ -80,7 +100,7 @@ class Cluster:
         devices: Sequence[str] | None = None,
         policy: str | Policy = "e2",
         local_order: str = "hrrn",
-        workers: Literal["auto", "thread"] = "auto",
+        workers: Literal["auto", "thread", "process"] = "auto",
         dtype: str = "auto",
         attention: str = "auto",
         page_size: int = 64,
@@ -89,6 +109,9 @@ class Cluster:
         max_batched_tokens: int | None = None,
         max_running: int = 256,
         max_pending: int = 4096,
+        overload: Literal["wait", "refuse"] = "wait",
+        hang_timeout: float = 60.0,
+        restart_timeout: float = 300.0,
         seed: int = 0,
     ) -> None:
         for name, value in (
@@ -100,17 +123,25 @@ class Cluster:
         ):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InvalidRequest(f"{name} must be a positive integer, not {value!r}")
-        if workers not in ("auto", "thread"):
-            raise InvalidRequest(f"workers must be 'auto' or 'thread', not {workers!r}")
+        for name, limit in (("hang_timeout", hang_timeout), ("restart_timeout", restart_timeout)):
+            if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+                raise InvalidRequest(f"{name} must be a positive number of seconds, not {limit!r}")
+        if workers not in ("auto", "thread", "process"):
+            raise InvalidRequest(f"workers must be 'auto', 'thread' or 'process', not {workers!r}")
+        if overload not in ("wait", "refuse"):
+            raise InvalidRequest(f"overload must be 'wait' or 'refuse', not {overload!r}")
         if isinstance(devices, str):
             raise InvalidRequest(f"devices must be a sequence of names, such as [{devices!r}]")
         if devices is not None and not devices:
             raise InvalidRequest("devices is empty; leave it out to use every GPU, or the CPU")
         self._model = model
         self._policy = policy
-        self._options = LoadOptions(
-            replicas=replicas,
-            devices=devices,
+        self._replicas = replicas
+        self._devices = devices
+        self._workers = workers
+        self._hang_timeout = hang_timeout
+        self._restart_timeout = restart_timeout
+        self._options = EngineOptions(
             dtype=dtype,
             page_size=page_size,
             kv_memory=kv_memory,
@@ -120,7 +151,9 @@ class Cluster:
             max_running=max_running,
             local_order=local_order,
         )
-        self._max_pending = max_pending
+        self._door = Admission(max_pending, refuses=overload == "refuse")
+        self._at_the_door: dict[str, anyio.CancelScope] = {}
+        """Requests that no replica has heard of yet, by the names that their callers gave them."""
         self._seed = seed
         self._state: Literal["new", "open", "closed"] = "new"
         self._ids = count(1)
@@ -131,26 +164,38 @@ class Cluster:
         if self._state != "new":
             raise ClusterStateError("a cluster is entered once; make a new one")
         from preble.dispatcher import Dispatcher
-        from preble.replica.launch import in_a_thread_of_its_own, load
+        from preble.replica.devices import place_replicas
+        from preble.replica.launch import Launcher
         from preble.sched import GlobalScheduler
         from preble.sched.orders import find_order
         from preble.sched.policies import make_policy
 
         policy = make_policy(self._policy)
         find_order(self._options.local_order)
-        loaded = await anyio.to_thread.run_sync(lambda: in_a_thread_of_its_own(load, self._model, self._options))
+        model = os.fspath(self._model)
+
+        def prepare() -> tuple[list[torch.device], Launcher]:
+            devices = place_replicas(self._replicas, self._devices)
+            return devices, Launcher(model, devices, self._workers, self._options)
+
+        devices, launcher = await anyio.to_thread.run_sync(prepare)
+        self._config, self._tokenizer = launcher.config, launcher.tokenizer
         scheduler = GlobalScheduler(
-            replicas=len(loaded.engines),
-            capacity_tokens=loaded.capacity_tokens,
+            replicas=0,
+            capacity_tokens=self._options.page_size,
             page_size=self._options.page_size,
-            max_batched_tokens=loaded.max_batched_tokens,
             policy=policy,
             seed=self._seed,
         )
-        self._config, self._tokenizer = loaded.config, loaded.tokenizer
-        self._capacity_tokens = loaded.capacity_tokens
-        self._slots = anyio.Semaphore(self._max_pending)
-        self._dispatcher = Dispatcher(loaded, scheduler)
+        self._dispatcher = Dispatcher(
+            launcher, scheduler, hang_timeout=self._hang_timeout, restart_timeout=self._restart_timeout
+        )
+        try:
+            await self._dispatcher.add(devices)
+        except BaseException:
+            self._state = "closed"
+            await self._stop()
+            raise
         self._state = "open"
         return self
 
@@ -158,12 +203,20 @@ class Cluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._state = "closed"
-        replicas = self._dispatcher.close(
-            lambda request_id: ClusterStateError(f"request {request_id!r}: the cluster was closed")
-        )
-        with anyio.CancelScope(shield=True):
-            for replica in replicas:
-                await anyio.to_thread.run_sync(replica.join)
+        await self._stop()
+
+    async def shutdown(self, timeout: float | None = None) -> None:
+        """Take no more requests, and wait until those in flight have ended; for `timeout` seconds at most, after which
+        the rest fail with `ClusterStateError`. To be called inside the cluster's block, as its last act."""
+        self._must_be_open()
+        self._state = "closed"
+        with anyio.move_on_after(timeout):
+            await self._dispatcher.finish()
+        await self._stop()
+
+    async def _stop(self) -> None:
+        self._dispatcher.close(lambda request_id: ClusterStateError(f"request {request_id!r}: the cluster was closed"))
+        await self._dispatcher.roster.join()
 
     # Requests
 
@@ -197,6 +250,7 @@ class Cluster:
         Raises:
             InvalidRequest: before any work is queued, when an argument is out of range.
             PromptTooLong: … or the prompt leaves no room for a token.
+            ClusterOverloaded: `max_pending` requests are in flight, and `overload="refuse"`.
             RequestTimeout: `timeout` passed; what had been generated is in its `partial`.
             RequestFailed, ReplicaCrashed: the engine could not finish it.
             ClusterStateError: the cluster is not entered, or was left meanwhile.
@@ -231,18 +285,8 @@ class Cluster:
 
         Arguments are checked at once; the prompt itself when iteration starts.
         """
-        self._must_be_open()
-
-        async def tokenize() -> Tokens:
-            if not isinstance(prompt, str):
-                return prompt_tokens(prompt)
-            check_text(prompt)
-            if len(prompt) < LONG_TEXT:
-                return self._tokenizer.encode(prompt)
-            return await anyio.to_thread.run_sync(self._tokenizer.encode, prompt)
-
         terms = Terms(priority, timeout, namespace, request_id, session, expected_tokens)
-        return self._stream(tokenize, sampling, options, terms)
+        return self._stream_prompt(prompt, sampling, options, terms)
 
     async def chat(
         self,
@@ -301,7 +345,7 @@ class Cluster:
             return await anyio.to_thread.run_sync(lambda: self._tokenizer.chat(messages, tools=tools))
 
         terms = Terms(priority, timeout, namespace, request_id, session, expected_tokens)
-        return self._stream(tokenize, sampling, options, terms)
+        return self._stream(lambda: None, tokenize, sampling, options, terms)
 
     async def generate_many(
         self, prompts: Iterable[Prompt], *, progress: bool = False, return_exceptions: bool = False, **options: Any
@@ -309,7 +353,7 @@ class Cluster:
         """Generate from many prompts at once; results are in the order of the prompts.
 
         Args:
-            prompts: as for `generate`; `options` hold for all of them.
+            prompts: as for `generate`; `options` hold for all of them. They wait for their turn, whatever `overload`.
             progress: show a progress bar when standard error is a terminal.
             return_exceptions: put a failed prompt's error in its place, instead of raising the first one and aborting
                 the rest.
@@ -318,6 +362,8 @@ class Cluster:
 
         if isinstance(prompts, str):
             raise InvalidRequest("generate_many takes several prompts; use generate for one")
+        shared = {name: options.pop(name) for name in TERMS & options.keys()}
+        sampling = options.pop("sampling", None)
         todo = list(prompts)
         outputs: list[Any] = [None] * len(todo)
         pending = iter(enumerate(todo))
@@ -326,7 +372,8 @@ class Cluster:
         async def work() -> None:
             for index, prompt in pending:
                 try:
-                    outputs[index] = await self.generate(prompt, **options)
+                    stream = self._stream_prompt(prompt, sampling, options, Terms(**shared), patient=True)
+                    outputs[index] = await stream.finish()
                 except PrebleError as error:
                     if not return_exceptions:
                         errors.append(error)
@@ -337,7 +384,7 @@ class Cluster:
 
         with progress_bar(len(todo), shown=progress) as advance:
             async with anyio.create_task_group() as group:
-                for _ in range(min(len(todo), self._max_pending)):
+                for _ in range(min(len(todo), self._door.limit)):
                     group.start_soon(work)
         if errors:
             raise errors[0]
@@ -350,12 +397,84 @@ class Cluster:
             Whether a request of this id was in flight.
         """
         self._must_be_open()
-        return self._dispatcher.abort(request_id)
+        scope = self._at_the_door.get(request_id)
+        if scope is None:
+            return self._dispatcher.abort(request_id)
+        scope.cancel()
+        return True
 
     def stats(self) -> ClusterStats:
         """A snapshot of every replica as of its last step, and of the cluster."""
         self._must_be_open()
         return self._dispatcher.stats()
+
+    # Live operation
+
+    def health(self) -> ClusterHealth:
+        """How the cluster and its replicas are: what serves, what failed and why, what is started again and when."""
+        self._must_be_open()
+        return self._dispatcher.health()
+
+    async def add_replica(self, device: str | None = None) -> int:
+        """Start one more replica, with as many KV pages as the others, and wait until it serves.
+
+        Args:
+            device: where; by default where the first one was placed.
+
+        Returns:
+            Its number.
+
+        Raises:
+            DeviceError: the device does not exist, or has too little memory.
+            CheckpointError: the model cannot be loaded any more.
+        """
+        from preble.replica.devices import place_replicas
+
+        self._must_be_open()
+        devices = self._devices if device is None else [device]
+        return (await self._dispatcher.add(place_replicas(1, devices)))[0]
+
+    async def drain_replica(self, replica: int) -> None:
+        """Give a replica nothing more, not even after a restart, and wait until it has finished what it works on. What
+        waits there goes to others, where there are any.
+
+        Raises:
+            InvalidRequest: there is no such replica.
+        """
+        self._must_be_open()
+        await self._dispatcher.drain(replica)
+
+    async def remove_replica(self, replica: int, *, timeout: float | None = None) -> None:
+        """Drain a replica and end it. No request is lost by it.
+
+        Args:
+            replica: its number, which no other replica will get.
+            timeout: seconds after which requests still running there are moved, too: they go on elsewhere from the
+                tokens delivered.
+
+        Raises:
+            InvalidRequest: there is no such replica, or it is the last one.
+        """
+        self._must_be_open()
+        await self._dispatcher.remove(replica, timeout)
+
+    async def reset_prefix_cache(self) -> None:
+        """Make all replicas forget every cached prefix: no request that comes later uses what was computed before."""
+        self._must_be_open()
+        await self._dispatcher.reset_prefix_cache()
+
+    async def pause(self) -> None:
+        """Stop computing after the current steps; returns when no replica computes any more.
+
+        Requests keep their place and their KV pages, and new ones are taken in; timeouts go on.
+        """
+        self._must_be_open()
+        await self._dispatcher.pause(True)
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        self._must_be_open()
+        await self._dispatcher.pause(False)
 
     def _must_be_open(self) -> None:
         if self._state == "new":
@@ -363,25 +482,65 @@ class Cluster:
         if self._state == "closed":
             raise ClusterStateError("the cluster was left; requests are served only inside its `async with` block")
 
-    def _stream(
+    def _stream_prompt(
         self,
-        tokenize: Callable[[], Any],
+        prompt: Prompt,
         sampling: SamplingParams | None,
         options: Mapping[str, Any],
         terms: Terms,
+        *,
+        patient: bool = False,
     ) -> Stream:
+        def check() -> None:
+            if isinstance(prompt, str):
+                check_text(prompt)
+            else:
+                self._check_length(prompt_tokens(prompt))
+
+        async def tokenize() -> Tokens:
+            if not isinstance(prompt, str):
+                return prompt_tokens(prompt)
+            if len(prompt) < LONG_TEXT:
+                return self._tokenizer.encode(prompt)
+            return await anyio.to_thread.run_sync(self._tokenizer.encode, prompt)
+
+        return self._stream(check, tokenize, sampling, options, terms, patient=patient)
+
+    def _stream(
+        self,
+        check: Callable[[], None],
+        tokenize: Callable[[], Awaitable[Tokens]],
+        sampling: SamplingParams | None,
+        options: Mapping[str, Any],
+        terms: Terms,
+        *,
+        patient: bool = False,
+    ) -> Stream:
+        self._must_be_open()
         params = SamplingParams.from_options(sampling, options)
         params.check_vocabulary(self._config.vocabulary_size)
+        if params.n > self._door.limit:
+            raise InvalidRequest(f"n={params.n} is more than max_pending={self._door.limit}, and counts n times in it")
 
         async def start() -> Flight:
             self._must_be_open()
             submitted = time.monotonic()
-            prompt = await tokenize()
-            self._check_length(prompt)
-            await self._slots.acquire()
+            deadline = None if terms.timeout is None else submitted + terms.timeout
+            check()
+            with self._abortable(terms.request_id):
+                slot = await self._door.enter(params.n, priority=terms.priority, deadline=deadline, patient=patient)
+                # From here on the slot is given back, or the flight's to give back.
+                try:
+                    # A prompt that waits is not tokenized yet: what waits takes no memory but the caller's.
+                    prompt = await tokenize()
+                    await anyio.lowlevel.checkpoint_if_cancelled()
+                    self._check_length(prompt)
+                    self._must_be_open()
+                except BaseException:
+                    slot.release()
+                    raise
             # From here to the end there is no await: a cancelled caller leaves either nothing or a flight to abort.
             try:
-                self._must_be_open()
                 flight = Flight(
                     terms.request_id or f"request-{next(self._ids)}",
                     prompt,
@@ -389,19 +548,36 @@ class Cluster:
                     terms,
                     cluster_seed=self._seed,
                     submitted=submitted,
-                    on_end=self._slots.release,
+                    on_end=slot.release,
                 )
                 self._dispatcher.start(flight)
             except BaseException:
-                self._slots.release()
+                slot.release()
                 raise
             return flight
 
         return Stream(start, self._dispatcher.end, self._dispatcher.end_soon, terms.timeout)
 
+    @contextmanager
+    def _abortable(self, request_id: str | None) -> Iterator[None]:
+        """Let `abort` find a request of this name as long as no replica has heard of it."""
+        if request_id is None:
+            yield
+            return
+        if request_id in self._at_the_door:
+            raise InvalidRequest(f"request_id {request_id!r} is in flight already")
+        with anyio.CancelScope() as scope:
+            self._at_the_door[request_id] = scope
+            try:
+                yield
+            finally:
+                del self._at_the_door[request_id]
+        if scope.cancelled_caught:
+            raise request_failed(request_id, "aborted before a replica took it")
+
     def _check_length(self, prompt: Tokens) -> None:
         config = self._config
-        longest = min(config.context_length, self._capacity_tokens)
+        longest = self._dispatcher.longest
         if len(prompt) == 0:
             raise InvalidRequest("the prompt is empty: give at least one character or token id")
         if len(prompt) >= longest:
