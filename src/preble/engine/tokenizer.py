@@ -30,6 +30,8 @@ _NOT_FOR_TEMPLATES = frozenset(
     }
 )
 """What `apply_chat_template` takes for itself, and `chat` decides."""
+_LONGEST_REASON = 500
+"""Characters of a template's own words in an error."""
 LONG = 2_000
 """Characters, or tokens, from which tokenizing lets other threads run meanwhile. It takes about a millisecond then."""
 
@@ -102,18 +104,26 @@ class Tokenizer:
             )
         conversation = _conversation(messages)
         variables.setdefault("add_generation_prompt", not continue_final_message)
+        # Not at the top: what it needs of transformers takes longer to import than most of Preble.
+        from preble.engine.chat_template import render_chat
+
         try:
             with self._rendering:
-                text = self._hf.apply_chat_template(
+                text = render_chat(
+                    self._hf,
                     conversation,
                     tools=None if tools is None else list(tools),
                     continue_final_message=continue_final_message,
-                    tokenize=False,
                     **variables,
                 )
+        except RecursionError as error:
+            raise self._rejects("it nests, or calls itself, too deeply") from error
         except Exception as error:  # a template is a program over the caller's data: it can fail in any way
-            raise InvalidRequest(f"the chat template of {self.folder} rejects the messages: {error}") from error
+            raise self._rejects(str(error)) from error
         return self._encode(text, special_tokens=False)
+
+    def _rejects(self, why: str) -> InvalidRequest:
+        return InvalidRequest(f"the chat template of {self.folder} rejects the messages: {why:.{_LONGEST_REASON}}")
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of these tokens, without special tokens, otherwise as it was."""
