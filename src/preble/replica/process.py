@@ -73,11 +73,11 @@ class ProcessReplica:
                 self._wake()
 
     def stop(self) -> None:
-        """Ask the worker to leave; requests it still has are dropped. It is killed where it does not come to it."""
+        """Ask the worker to leave, and report nothing more of it but its end. It is killed where it does not go."""
         self._want(_Wish.STOP)
 
     def kill(self) -> None:
-        """End the process at once; nothing more is reported of it but its end."""
+        """End the process at once, and report nothing more of it but its end."""
         self._want(_Wish.KILL)
 
     def join(self) -> None:
@@ -166,7 +166,7 @@ class ProcessReplica:
             logging.getLogger(name).log(news.level, "replica %d: %s", self.number, news.text)
         elif isinstance(news, Crash):
             raise _error_of(news, self.number)
-        elif self._wish is _Wish.KILL:
+        elif self._wish is not _Wish.RUN:
             return
         elif isinstance(news, Ready):
             self._listener.ready(self, news)
