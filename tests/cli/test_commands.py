@@ -37,6 +37,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     todo = [make_parser()]
     while todo:
         parser = todo.pop()
+        parser.format_help()  # a benchmark is loaded when asked
         found[parser.prog] = parser
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -80,6 +81,7 @@ def test_the_commands_are_those_of_the_documentation() -> None:
         "bench fidelity",
         "bench gpu",
         "bench sched",
+        "bench sim",
     ],
 )
 def test_help_says_what_everything_means(name: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,6 +109,14 @@ def test_help_tells_every_default(name: str, capsys: pytest.CaptureFixture[str])
     for action in commands()[f"preble {name}"]._actions:
         if action.default not in (None, False, argparse.SUPPRESS, []):
             assert f"(default: {action.default})" in shown, action.option_strings
+
+
+def test_no_benchmark_is_loaded_for_another_command() -> None:
+    code = "from preble.cli import make_parser; make_parser().parse_args(['study', 'a.jsonl']); import sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "preble.cli.bench" in loaded
+    assert not {"torch", "transformers", "triton"} & set(loaded)
+    assert not [name for name in loaded if name.startswith("preble.bench.")]
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
