@@ -525,9 +525,7 @@ async def test_a_crashed_replica_costs_its_requests_only_time(llama: Path) -> No
         assert cluster.health().replicas[0].last_error == "RuntimeError: injected"
 
 
-async def test_when_no_replica_comes_back_requests_fail_clearly(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_when_no_replica_comes_back_requests_fail_clearly(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with Cluster(llama, replicas=1, dtype="float32", kv_memory="1MiB", restart_timeout=0.2) as cluster:
         broken = engines(cluster)[0]
 
