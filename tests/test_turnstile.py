@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import anyio
 import anyio.lowlevel
@@ -37,7 +38,7 @@ async def test_one_passes_in_each_turn_in_order() -> None:
     assert sorted(number for _, number in first) == list(range(25))
     assert [number for _, number in second] == [number for _, number in first]
     turns = [at for at, _ in passed]
-    assert all(later - earlier <= 2 for earlier, later in zip(turns, turns[1:], strict=False))
+    assert all(later - earlier <= 2 for earlier, later in pairwise(turns))
     # The counter may run before or after those who pass: of two neighbours one may seem to be a turn off.
     assert all(later > earlier for earlier, later in zip(turns, turns[2:], strict=False))
 

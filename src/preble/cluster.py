@@ -20,10 +20,11 @@ from preble.engine.options import EngineOptions
 from preble.errors import ClusterStateError, InvalidRequest, PrebleError, PromptTooLong
 from preble.flight import Flight, request_failed
 from preble.outputs import ClusterStats, GenerationOutput
-from preble.prompts import Prompt, check_text, prompt_tokens
+from preble.prompts import Prompt, check_text, is_long, prompt_tokens
 from preble.sampling import SamplingParams
 from preble.stream import Stream
 from preble.terms import Terms
+from preble.turnstile import Turnstile
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -34,8 +35,12 @@ if TYPE_CHECKING:
     from preble.sched.hashing import Tokens
     from preble.sched.policies import Policy
 
-LONG_TEXT = 2_000
-"""Characters from which a prompt is tokenized in a worker thread, so that the event loop never waits for it."""
+LONG_LIST = 20_000
+"""Token ids in a list from which it is read in a worker thread, as long texts are: before that it takes half a
+millisecond."""
+READERS = 2
+"""Prompts read in worker threads at a time. More of them would compete with the event loop for the interpreter, and for
+the threads that the application uses."""
 
 TERMS = {field.name for field in fields(Terms)}
 """The options of a request that are no sampling."""
@@ -152,6 +157,8 @@ class Cluster:
             local_order=local_order,
         )
         self._door = Admission(max_pending, refuses=overload == "refuse")
+        self._turnstile = Turnstile()
+        self._readers = anyio.CapacityLimiter(READERS)
         self._at_the_door: dict[str, anyio.CancelScope] = {}
         """Requests that no replica has heard of yet, by the names that their callers gave them."""
         self._seed = seed
@@ -342,10 +349,10 @@ class Cluster:
         self._must_be_open()
 
         async def tokenize() -> Tokens:
-            return await anyio.to_thread.run_sync(lambda: self._tokenizer.chat(messages, tools=tools))
+            return await self._read(lambda: self._tokenizer.chat(messages, tools=tools), quick=False)
 
         terms = Terms(priority, timeout, namespace, request_id, session, expected_tokens)
-        return self._stream(lambda: None, tokenize, sampling, options, terms)
+        return self._stream(None, tokenize, sampling, options, terms)
 
     async def generate_many(
         self, prompts: Iterable[Prompt], *, progress: bool = False, return_exceptions: bool = False, **options: Any
@@ -491,24 +498,22 @@ class Cluster:
         *,
         patient: bool = False,
     ) -> Stream:
-        def check() -> None:
+        async def check() -> None:
             if isinstance(prompt, str):
                 check_text(prompt)
             else:
-                self._check_length(prompt_tokens(prompt))
+                self._check_length(await tokenize())
 
         async def tokenize() -> Tokens:
-            if not isinstance(prompt, str):
-                return prompt_tokens(prompt)
-            if len(prompt) < LONG_TEXT:
-                return self._tokenizer.encode(prompt)
-            return await anyio.to_thread.run_sync(self._tokenizer.encode, prompt)
+            if isinstance(prompt, str):
+                return await self._read(lambda: self._tokenizer.encode(prompt), quick=self._tokenizer.is_quick(prompt))
+            return await self._read(lambda: prompt_tokens(prompt), quick=not is_long(prompt, LONG_LIST))
 
         return self._stream(check, tokenize, sampling, options, terms, patient=patient)
 
     def _stream(
         self,
-        check: Callable[[], None],
+        check: Callable[[], Awaitable[None]] | None,
         tokenize: Callable[[], Awaitable[Tokens]],
         sampling: SamplingParams | None,
         options: Mapping[str, Any],
@@ -526,7 +531,8 @@ class Cluster:
             self._must_be_open()
             submitted = time.monotonic()
             deadline = None if terms.timeout is None else submitted + terms.timeout
-            check()
+            if check is not None:
+                await check()
             with self._abortable(terms.request_id):
                 slot = await self._door.enter(params.n, priority=terms.priority, deadline=deadline, patient=patient)
                 # From here on the slot is given back, or the flight's to give back.
@@ -557,6 +563,16 @@ class Cluster:
             return flight
 
         return Stream(start, self._dispatcher.end, self._dispatcher.end_soon, terms.timeout)
+
+    async def _read(self, prompt: Callable[[], Tokens], *, quick: bool) -> Tokens:
+        """The tokens of a prompt. What the caller does with them before it awaits anything else is part of a turn of
+        the event loop that no other request passes in."""
+        if quick:
+            await self._turnstile.pass_through()
+            return prompt()
+        tokens = await anyio.to_thread.run_sync(prompt, limiter=self._readers)
+        await self._turnstile.pass_through()
+        return tokens
 
     @contextmanager
     def _abortable(self, request_id: str | None) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias, Union
 
-from preble.errors import InvalidRequest
+from preble.errors import InvalidRequest, PrebleError, PromptTooLong, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 Prompt: TypeAlias = Union[str, Sequence[int], "NDArray[np.integer]"]
 """Text, or token ids."""
+MAX_IDS = 1 << 24
+"""Token ids in a prompt at most, whatever the model's context: more than that is not even looked at."""
+MAX_NAME = 1 << 16
+"""Characters of a name at most."""
 
 
 def check_text(prompt: str) -> None:
@@ -26,15 +30,31 @@ def check_text(prompt: str) -> None:
 def check_name(name: str, value: object) -> None:
     """Reject what cannot name anything: hashes and seeds are derived from its bytes."""
     if not isinstance(value, str):
-        raise InvalidRequest(f"{name} must be a string, not {value!r}")
+        raise InvalidRequest(f"{name} must be a string, not {shown(value)}")
+    if len(value) > MAX_NAME:
+        raise InvalidRequest(f"{name} has {len(value)} characters; at most {MAX_NAME} are taken")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InvalidRequest(f"{name} must be valid text; {value!r} holds half a surrogate pair") from None
+        raise InvalidRequest(f"{name} must be valid text; {shown(value)} holds half a surrogate pair") from None
+
+
+def is_long(prompt: object, length: int) -> bool:
+    """Whether reading this prompt takes as long as that of a list of `length` token ids; an array is soon read."""
+    return isinstance(prompt, Sequence) and len(prompt) >= length
 
 
 def prompt_tokens(prompt: object) -> Tokens:
     """Token ids as int32 [n]; whether the model has them is for the caller to check."""
+    try:
+        return _prompt_tokens(prompt)
+    except PrebleError:
+        raise
+    except Exception as error:  # whatever a sequence of somebody's own raises
+        raise InvalidRequest(f"the prompt cannot be read as token ids: {shown(error)}") from error
+
+
+def _prompt_tokens(prompt: object) -> Tokens:
     import numpy as np
 
     if isinstance(prompt, (bytes, bytearray)):
@@ -43,6 +63,8 @@ def prompt_tokens(prompt: object) -> Tokens:
         raise InvalidRequest(f"the prompt must be a string or a sequence of token ids, not {type(prompt).__name__}")
     if len(prompt) == 0:
         raise InvalidRequest("the prompt is empty: give at least one character or token id")
+    if len(prompt) > MAX_IDS:
+        raise PromptTooLong(f"the prompt has {len(prompt)} token ids; no more than {MAX_IDS} are taken")
     if isinstance(prompt[0], str):
         raise InvalidRequest("the prompt is a sequence of strings: use generate_many for several prompts")
     try:
