@@ -68,3 +68,12 @@ class RequestFailed(PrebleError, RuntimeError):
 
 class ReplicaCrashed(PrebleError, RuntimeError):
     """The replica that ran the request stopped on an internal error; the cause is chained."""
+
+
+def shown(value: object) -> str:
+    """A value as an error's text shows it: cut off where it is long, and never an error itself."""
+    try:
+        text = repr(value)
+    except Exception:  # anything may be handed to an API, and a number can be too long to print
+        text = f"an unprintable {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]}…"

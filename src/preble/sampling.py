@@ -6,15 +6,28 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from numbers import Integral, Real
 from typing import Any
 
-from preble.errors import InvalidRequest, UnknownOption
+from preble.errors import InvalidRequest, PrebleError, UnknownOption, shown
 
 MAX_LOGPROBS = 64
 """The largest `logprobs` a request may ask for."""
 
 MAX_SEED = 2**63 - 1
+
+MAX_TOKENS = 2**31 - 1
+"""The largest `max_tokens`, `min_tokens`, `top_k` and token id; positions and ids are 32-bit integers."""
+
+MAX_N = 1024
+"""The largest `n`."""
+
+MAX_STOPS = 1024
+"""How many stop strings, and how many stop token ids, a request may have."""
+
+_MOST_BIASES = 1 << 20
+"""More than any vocabulary has tokens."""
 
 MAX_LOGIT_BIAS = 1e6
 """Above this a bias would only cost the other logits their precision; 1e6 forces a token already."""
@@ -54,7 +67,7 @@ class SamplingParams:
     seed: int | None = None
     """`None` derives one from the cluster's seed and the request id."""
     n: int = 1
-    """How many continuations; continuation i uses `seed + i`."""
+    """How many continuations, at most 1024; continuation i uses `seed + i`."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are cut from it. One string or a sequence of them."""
     stop_token_ids: tuple[int, ...] = ()
@@ -67,8 +80,16 @@ class SamplingParams:
     """(token id, value added to its logit); a mapping is accepted. -inf bans a token, 1e6 is the most."""
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "n"):
-            self._integer(name, low=1)
+        try:
+            self._check()
+        except PrebleError:
+            raise
+        except Exception as error:  # whatever a number or a sequence of somebody's own raises
+            raise InvalidRequest(f"a sampling value cannot be read: {shown(error)}") from error
+
+    def _check(self) -> None:
+        self._integer("max_tokens", low=1)
+        self._integer("n", low=1, high=MAX_N)
         for name in ("min_tokens", "top_k"):
             self._integer(name, low=0)
         self._number("temperature", 0.0, math.inf)
@@ -102,7 +123,7 @@ class SamplingParams:
             if name not in known:
                 close = difflib.get_close_matches(name, sorted(known | REQUEST_OPTIONS), n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise UnknownOption(f"unknown option {name!r}{hint}")
+                raise UnknownOption(f"unknown option {shown(name)}{hint}")
         if base is None:
             return cls(**options)
         if not isinstance(base, cls):
@@ -119,21 +140,21 @@ class SamplingParams:
                 if token >= vocabulary_size:
                     raise InvalidRequest(f"{name}: token id {token} is not below the vocabulary size {vocabulary_size}")
 
-    def _integer(self, name: str, low: int, high: int | None = None) -> None:
+    def _integer(self, name: str, low: int, high: int = MAX_TOKENS) -> None:
         value = getattr(self, name)
         number = _as_integer(value)
         if number is None:
-            raise InvalidRequest(f"{name} must be an integer, not {value!r}")
-        if number < low or (high is not None and number > high):
-            allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise InvalidRequest(f"{name} must be {allowed}, not {number}")
+            raise InvalidRequest(f"{name} must be an integer, not {shown(value)}")
+        if not low <= number <= high:
+            allowed = f"at least {low}" if number < low and high == MAX_TOKENS else f"between {low} and {high}"
+            raise InvalidRequest(f"{name} must be {allowed}, not {shown(number)}")
         object.__setattr__(self, name, number)
 
     def _number(self, name: str, low: float, high: float, open_low: bool = False) -> None:
         value = getattr(self, name)
         number = _as_float(value)
         if number is None or not math.isfinite(number):
-            raise InvalidRequest(f"{name} must be a finite number, not {value!r}")
+            raise InvalidRequest(f"{name} must be a finite number, not {shown(value)}")
         if number > high or number < low or (open_low and number == low):
             bounds = f"{'above' if open_low else 'at least'} {low:g}"
             if high != math.inf:
@@ -144,7 +165,7 @@ class SamplingParams:
     def _flag(self, name: str) -> None:
         value = getattr(self, name)
         if not isinstance(value, bool) and getattr(value, "dtype", None) != "bool":
-            raise InvalidRequest(f"{name} must be True or False, not {value!r}")
+            raise InvalidRequest(f"{name} must be True or False, not {shown(value)}")
         object.__setattr__(self, name, bool(value))
 
 
@@ -169,14 +190,22 @@ def _as_float(value: object) -> float | None:
         return None
 
 
+def _at_most(most: int, name: str, values: Iterable[Any]) -> tuple[Any, ...]:
+    """The values, unless they are more than `most`: an iterator may never end."""
+    found = tuple(islice(values, most + 1))
+    if len(found) > most:
+        raise InvalidRequest(f"{name} holds more than {most} values")
+    return found
+
+
 def _stop_strings(value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         strings: tuple[object, ...] = (value,)
     else:
-        strings = tuple(value) if isinstance(value, Iterable) else (None,)
+        strings = _at_most(MAX_STOPS, "stop", value) if isinstance(value, Iterable) else (None,)
     texts = tuple(one for one in strings if isinstance(one, str))
     if len(texts) != len(strings):
-        raise InvalidRequest(f"stop must be a string or a sequence of strings, not {value!r}")
+        raise InvalidRequest(f"stop must be a string or a sequence of strings, not {shown(value)}")
     if "" in texts:
         raise InvalidRequest("stop: an empty string would end every text at once")
     return texts
@@ -184,28 +213,28 @@ def _stop_strings(value: object) -> tuple[str, ...]:
 
 def _token_ids(name: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
-        raise InvalidRequest(f"{name} must be a sequence of token ids, not {value!r}")
-    return tuple(_token_id(name, token) for token in value)
+        raise InvalidRequest(f"{name} must be a sequence of token ids, not {shown(value)}")
+    return tuple(_token_id(name, token) for token in _at_most(MAX_STOPS, name, value))
 
 
 def _token_id(name: str, value: object) -> int:
     token = _as_integer(value)
-    if token is None or token < 0:
-        raise InvalidRequest(f"{name} must hold non-negative integers, not {value!r}")
+    if token is None or not 0 <= token <= MAX_TOKENS:
+        raise InvalidRequest(f"{name} must hold non-negative integers below 2**31, not {shown(value)}")
     return token
 
 
 def _biases(value: object) -> tuple[tuple[int, float], ...]:
     pairs = value.items() if isinstance(value, Mapping) else value
     if not isinstance(pairs, Iterable) or isinstance(pairs, str | bytes):
-        raise InvalidRequest(f"logit_bias must map token ids to numbers, not {value!r}")
+        raise InvalidRequest(f"logit_bias must map token ids to numbers, not {shown(value)}")
     biases: dict[int, float] = {}
-    for pair in pairs:
+    for pair in _at_most(_MOST_BIASES, "logit_bias", pairs):
         if not isinstance(pair, Sequence) or isinstance(pair, str | bytes) or len(pair) != 2:
-            raise InvalidRequest(f"logit_bias must map token ids to numbers, not hold {pair!r}")
+            raise InvalidRequest(f"logit_bias must map token ids to numbers, not hold {shown(pair)}")
         token, bias = _token_id("logit_bias", pair[0]), _as_float(pair[1])
         if bias is None or math.isnan(bias) or bias > MAX_LOGIT_BIAS:
-            raise InvalidRequest(f"logit_bias[{token}] must be a number up to {MAX_LOGIT_BIAS:g}, not {pair[1]!r}")
+            raise InvalidRequest(f"logit_bias[{token}] must be a number up to {MAX_LOGIT_BIAS:g}, not {shown(pair[1])}")
         if token in biases:
             raise InvalidRequest(f"logit_bias names token id {token} twice")
         biases[token] = bias

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from preble.errors import InvalidRequest
+from preble.errors import InvalidRequest, shown
 from preble.prompts import check_name
+from preble.sampling import MAX_TOKENS
+
+LONGEST_TIMEOUT = 1e9
+"""Seconds: thirty years. Event loops refuse to wait much longer."""
+_HIGHEST = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +29,8 @@ class Terms:
     expected_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
-            raise InvalidRequest(f"priority must be an integer, not {self.priority!r}")
+        if not _is_integer(self.priority) or not -_HIGHEST <= self.priority <= _HIGHEST:
+            raise InvalidRequest(f"priority must be an integer of at most 63 bits, not {shown(self.priority)}")
         check_name("namespace", self.namespace)
         for name, value in (("request_id", self.request_id), ("session", self.session)):
             if value is not None:
@@ -34,13 +38,15 @@ class Terms:
                 if not value:
                     raise InvalidRequest(f"{name} must be a non-empty string, or left out")
         timeout = self.timeout
-        if timeout is not None and (
-            isinstance(timeout, bool)
-            or not isinstance(timeout, (int, float))
-            or not math.isfinite(timeout)
-            or timeout <= 0
+        # A comparison, since an integer may be too large for a float.
+        if timeout is not None and not (
+            (_is_integer(timeout) or isinstance(timeout, float)) and 0 < timeout <= LONGEST_TIMEOUT
         ):
-            raise InvalidRequest(f"timeout must be a positive number of seconds, not {timeout!r}")
+            raise InvalidRequest(f"timeout must be a positive number of seconds, not {shown(timeout)}")
         expected = self.expected_tokens
-        if expected is not None and (isinstance(expected, bool) or not isinstance(expected, int) or expected < 1):
-            raise InvalidRequest(f"expected_tokens must be a positive integer, not {expected!r}")
+        if expected is not None and not (_is_integer(expected) and 1 <= expected <= MAX_TOKENS):
+            raise InvalidRequest(f"expected_tokens must be a positive integer, not {shown(expected)}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

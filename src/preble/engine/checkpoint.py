@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from preble.engine.json_fields import JsonFields
+from preble.engine.rust_panics import panics_as
 from preble.errors import CheckpointError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ _UNWANTED_FILES = ["*/*", "consolidated*.safetensors"]
 """Copies of the weights in other formats, which many repositories hold beside the usual files."""
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+MAX_HEADER = 32 << 20
+"""Bytes of a safetensors header: some 300,000 tensors. Published files have a thirtieth of that."""
 _NAMED = 5
 """How many of the wrong tensors an error names."""
 
@@ -197,7 +200,7 @@ class Checkpoint:
         entry = self.tensors[name]
         try:
             # Opened anew for every tensor, so that no handle keeps the pages of tensors already used.
-            with safe_open(entry.file, framework="pt", device=str(device)) as file:
+            with panics_as(RuntimeError), safe_open(entry.file, framework="pt", device=str(device)) as file:
                 tensor: torch.Tensor = file.get_tensor(name)
         except torch.OutOfMemoryError:
             raise
@@ -210,10 +213,17 @@ class Checkpoint:
 def _read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
     from safetensors import SafetensorError, safe_open
 
+    def corrupt(why: object) -> CheckpointError:
+        return CheckpointError(f"{path} is cut short, corrupt or not a safetensors file: {why}")
+
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - the handle itself cannot be iterated
-                header = file.get_slice(name)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER:
+            raise corrupt(f"its header claims {length} bytes, more than {MAX_HEADER}")
+        with panics_as(corrupt), safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - the handle itself cannot be iterated
+                header = opened.get_slice(name)
                 yield name, TensorEntry(path, tuple(header.get_shape()), header.get_dtype())
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is cut short, corrupt or not a safetensors file: {error}") from error
+        raise corrupt(error) from error

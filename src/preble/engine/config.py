@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from preble.engine.json_fields import JsonFields
 from preble.engine.rope_config import RopeConfig
-from preble.errors import CheckpointError, UnsupportedModel
+from preble.errors import CheckpointError, UnsupportedModel, shown
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {"max_position_embeddings": 2048},
@@ -25,6 +26,10 @@ _SHAPE_FIELDS = (
 )
 _MAX_LAYERS = 10_000
 """More would be a mistake; it also bounds the work that a senseless config.json can cause."""
+_MAX_PARTS = 100_000
+"""Layers times experts that transformers is asked to set up; the largest published models have a fourth of that."""
+_COUNTED = re.compile(r"(?P<layers>layers?|blocks)$|(?P<experts>experts?)$|labels?$")
+"""The names of fields that say of how many parts transformers makes a model, before it looks at a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,7 @@ def _refuse_quantized(fields: JsonFields) -> None:
         if quantization is not None:
             method = quantization.values.get("quant_method", "unknown")
             raise UnsupportedModel(
-                f"{fields.source} has a {name!r} (method {method!r:.40}): quantized checkpoints are not supported; "
+                f"{fields.source} has a {name!r} (method {shown(method)}): quantized checkpoints are not supported; "
                 "use the original one in bfloat16, float16 or float32"
             )
 
@@ -104,14 +109,7 @@ def _eos_token_ids(folder: Path, fields: JsonFields) -> frozenset[int]:
     sources = [fields]
     if (folder / "generation_config.json").is_file():
         sources.append(JsonFields.read(folder / "generation_config.json"))
-    found: set[int] = set()
-    for source in sources:
-        value = source.values.get("eos_token_id")
-        ids = value if isinstance(value, list) else [value] if value is not None else []
-        if not all(type(token_id) is int for token_id in ids):
-            raise source.wrong("eos_token_id", "an integer or a list of integers")
-        found.update(token_id for token_id in ids if token_id >= 0)
-    return frozenset(found)
+    return frozenset(token_id for source in sources for token_id in source.token_ids("eos_token_id"))
 
 
 def _fused_config(architecture: str, fields: JsonFields, eos_token_ids: frozenset[int]) -> ModelConfig:
@@ -183,12 +181,30 @@ def _windows_by_type(
     by_type = {"full_attention": None, "sliding_attention": window}
     unknown = next((kind for kind in layer_types if not isinstance(kind, str) or kind not in by_type), None)
     if unknown is not None:
-        raise UnsupportedModel(f"{fields.source} has layers of the type {unknown!r:.40}; supported are {[*by_type]}")
+        raise UnsupportedModel(f"{fields.source} has layers of the type {shown(unknown)}; supported are {[*by_type]}")
     return tuple(by_type[kind] for kind in layer_types)
 
 
 def _useful_windows(windows: tuple[int | None, ...], context_length: int) -> tuple[int | None, ...]:
     return tuple(None if window is None or window >= context_length else window for window in windows)
+
+
+def _refuse_crowds(fields: JsonFields) -> None:
+    """Raise `CheckpointError` for numbers of parts that no model has, on which time and memory would be spent."""
+    most = {"layers": 1, "experts": 1}
+    for name, value in fields.values.items():
+        if isinstance(value, dict):
+            _refuse_crowds(JsonFields(f"{fields.source}: {shown(name)}", value))
+        found = _COUNTED.search(name)
+        if found is None or type(value) is not int:
+            continue
+        if value > _MAX_LAYERS:
+            raise fields.wrong(name, f"{_MAX_LAYERS} at most")
+        for part in most:
+            if found[part]:
+                most[part] = max(most[part], value)
+    if most["layers"] * most["experts"] > _MAX_PARTS:
+        raise CheckpointError(f"{fields.source}: {most['layers']} layers of {most['experts']} experts are too many")
 
 
 def _transformers_config(
@@ -202,12 +218,13 @@ def _transformers_config(
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         own_code = " without its own Python code, which Preble never runs" if "auto_map" in fields.values else ""
         raise UnsupportedModel(
-            f"{fields.source}: {architecture!r:.80} is not a causal language model that the installed transformers "
+            f"{fields.source}: {shown(architecture)} is not a causal language model that the installed transformers "
             f"knows{own_code}"
         )
+    _refuse_crowds(fields)
     activation = fields.text("hidden_act")
     if activation is not None and activation not in ACT2FN:
-        raise UnsupportedModel(f"{fields.source}: the activation {activation!r:.40} is unknown to transformers")
+        raise UnsupportedModel(f"{fields.source}: the activation {shown(activation)} is unknown to transformers")
     try:
         known = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
     except Exception as error:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from preble.errors import CheckpointError
+from preble.errors import CheckpointError, shown
 
+MAX_BYTES = 64 << 20
+"""Of a JSON file. An index of a million tensors has that many; everything else is far smaller."""
 _HUGE = 1e30
 """No number in a sensible config is larger, and up to it fp32 arithmetic does not overflow at once."""
 
@@ -23,15 +26,7 @@ class JsonFields:
     @classmethod
     def read(cls, path: Path) -> JsonFields:
         """The object in `path`; `CheckpointError` when it cannot be read or holds anything else."""
-        try:
-            values = json.loads(path.read_bytes())
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path} holds a JSON {type(values).__name__}, not an object")
-        return cls(str(path), values)
+        return cls(str(path), read_json(path))
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> JsonFields:
         """The same fields, and `defaults` for the absent ones (a field that is null is not absent)."""
@@ -41,8 +36,7 @@ class JsonFields:
         """The error for a field whose value is not what it has to be."""
         if name not in self.values:
             return CheckpointError(f"{self.source} has no {name!r}, which must be {wanted}")
-        shown = repr(self.values[name])
-        return CheckpointError(f"{self.source}: {name!r} is {shown[:80]}, but must be {wanted}")
+        return CheckpointError(f"{self.source}: {name!r} is {shown(self.values[name])}, but must be {wanted}")
 
     def integer(self, name: str, *, high: int = 2**31 - 1) -> int:
         """A whole number from 1 to `high`."""
@@ -61,6 +55,14 @@ class JsonFields:
         if not _is_positive(value):
             raise self.wrong(name, f"a number above 0 and below {_HUGE:g}")
         return value
+
+    def token_ids(self, name: str) -> list[int]:
+        """A token id or a list of them; those below 0, which stand for none, are left out."""
+        value = self.values.get(name)
+        ids = value if isinstance(value, list) else [value] if value is not None else []
+        if not all(type(token_id) is int and token_id < 2**31 for token_id in ids):
+            raise self.wrong(name, "an integer or a list of integers, each below 2**31")
+        return [token_id for token_id in ids if token_id >= 0]
 
     def numbers(self, name: str, length: int) -> list[float]:
         """A list of `length` numbers above 0."""
@@ -89,6 +91,37 @@ class JsonFields:
         if value is not None and not isinstance(value, dict):
             raise self.wrong(name, "an object")
         return JsonFields(f"{self.source}: {name}", value) if value else None
+
+
+def read_json(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most `most` bytes.
+
+    Raises `CheckpointError`, naming the file, when it is anything else: longer, no file, no object, or an object that
+    names a field twice, of which every reader would be free to take another one.
+    """
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a file")
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise CheckpointError(f"{path} is longer than {most >> 20} MiB, which is more than such files have")
+        values = json.loads(content, object_pairs_hook=_once)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+    return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = Counter(name for name, _ in pairs)
+        raise ValueError(f"the field {shown(names.most_common(1)[0][0])} is there twice")
+    return values
 
 
 def _is_positive(value: object) -> TypeGuard[float]:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from preble.engine.json_fields import JsonFields
-from preble.errors import UnsupportedModel
+from preble.errors import UnsupportedModel, shown
 
 _DEFAULT_THETA = 10_000.0
+_MAX_POSITIONS = 2**31 - 1
+"""Positions are 32-bit integers."""
 _REQUIRED_NUMBERS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -46,7 +48,7 @@ class RopeConfig:
         rope_type = given.text("rope_type") or given.text("type") or "default"
         if rope_type not in _REQUIRED_NUMBERS:
             known = ", ".join(_REQUIRED_NUMBERS)
-            raise UnsupportedModel(f"{given.source} has the type {rope_type!r}; supported are {known}")
+            raise UnsupportedModel(f"{given.source} has the type {shown(rope_type)}; supported are {known}")
         if any(fields.values.get("partial_rotary_factor") not in (None, 1, 1.0) for fields in (config, given)):
             raise UnsupportedModel(f"{config.source}: a 'partial_rotary_factor' other than 1 is not supported")
 
@@ -85,5 +87,5 @@ class RopeConfig:
         if self.rope_type == "yarn":
             # Published configs name the length before scaling here and leave max_position_embeddings at it.
             extended = int(self.parameters["original_max_position_embeddings"] * self.parameters["factor"])
-            return max(self.max_positions, extended)
+            return min(max(self.max_positions, extended), _MAX_POSITIONS)
         return self.max_positions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -12,8 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from preble.engine.json_fields import JsonFields, read_json
 from preble.engine.pieces import TokenPieces
-from preble.errors import CheckpointError, InvalidRequest, UnknownOption, UnsupportedModel
+from preble.engine.rust_panics import panics_as
+from preble.errors import CheckpointError, InvalidRequest, UnknownOption, UnsupportedModel, shown
 
 _NOT_FOR_TEMPLATES = frozenset(
     {
@@ -30,6 +31,8 @@ _NOT_FOR_TEMPLATES = frozenset(
     }
 )
 """What `apply_chat_template` takes for itself, and `chat` decides."""
+_LONGEST_FILES = {".json": 128 << 20, ".model": 64 << 20, ".txt": 64 << 20, ".jinja": 1 << 20}
+"""Bytes of a file of that kind. The largest published vocabularies take 34 MB."""
 _LONGEST_REASON = 500
 """Characters of a template's own words in an error."""
 LONG = 2_000
@@ -165,9 +168,9 @@ class Tokenizer:
         tokens = set() if self._hf.eos_token_id is None else {int(self._hf.eos_token_id)}
         for name in ("generation_config.json", "config.json"):
             path = self.folder / name
-            named = _read_json(path).get("eos_token_id") if path.exists() else None
-            if named is not None:
-                return frozenset(tokens | set(named if isinstance(named, list) else [named]))
+            fields = JsonFields.read(path) if path.exists() else None
+            if fields is not None and fields.values.get("eos_token_id") is not None:
+                return frozenset(tokens | {*fields.token_ids("eos_token_id")})
         return frozenset(tokens)
 
 
@@ -175,16 +178,22 @@ def _load(folder: Path) -> Any:
     """transformers' tokenizer; importing it takes half a second beyond torch's own import."""
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the Rust side raises bare Exceptions for files that it cannot read
+    _check_sizes(folder)
+
+    def unloadable(why: object) -> CheckpointError:
         for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "config.json"):
-            if (folder / name).exists() and "AutoTokenizer" in _read_json(folder / name).get("auto_map", ()):
-                raise UnsupportedModel(
-                    f"{folder / name} names a tokenizer in code of its own, which is not run"
-                ) from error
+            if (folder / name).exists() and "AutoTokenizer" in (read_json(folder / name).get("auto_map") or ()):
+                return UnsupportedModel(f"{folder / name} names a tokenizer in code of its own, which is not run")
         present = [name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).exists()]
-        raise CheckpointError(f"{folder / (present or ['tokenizer.json'])[0]} cannot be loaded: {error}") from error
+        return CheckpointError(f"{folder / (present or ['tokenizer.json'])[0]} cannot be loaded: {why}")
+
+    try:
+        with panics_as(unloadable):
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the Rust side raises bare Exceptions for files that it cannot read
+        raise unloadable(error) from error
     files = set(tokenizer.vocab_files_names.values())
     if files and not any((folder / file).exists() for file in files):
         # transformers would go on with an empty vocabulary.
@@ -192,14 +201,14 @@ def _load(folder: Path) -> Any:
     return tokenizer
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
+def _check_sizes(folder: Path) -> None:
+    """Raise `CheckpointError` for files that no tokenizer needs to be as long as they are."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    for path in (*folder.iterdir(), *(folder / "chat_templates").glob("*.jinja")):
+        most = _LONGEST_FILES.get(path.suffix)
+        if most is not None and path.is_file() and path.stat().st_size > most:
+            raise CheckpointError(f"{path} is longer than {most >> 10} KiB, which is more than such files have")
 
 
 def _conversation(messages: object) -> list[dict[str, Any]]:
@@ -209,5 +218,5 @@ def _conversation(messages: object) -> list[dict[str, Any]]:
         raise InvalidRequest("messages is empty: a conversation needs one message at least")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InvalidRequest(f"messages[{number}] must be a mapping with a role, not {message!r}")
+            raise InvalidRequest(f"messages[{number}] must be a mapping with a role, not {shown(message)}")
     return [dict(message) for message in messages]

@@ -10,6 +10,7 @@ and the window that its config announces, and the logits must be those of transf
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from preble.engine.checkpoint import Checkpoint
@@ -28,6 +29,8 @@ from preble.errors import CheckpointError, DeviceError, UnsupportedModel
 
 PAGE_SIZE = 16
 """Of the KV cache that a model is tried over: each text is one page, the first text page 0."""
+_TABLES = 1 << 28
+"""Numbers that a model may compute for itself (tables of positions, masks) instead of storing them."""
 _IMPLEMENTATION = "preble_paged"
 _REFUSED = {
     "softcap": "soft-capped attention scores",
@@ -220,6 +223,7 @@ def load_code(folder: Path, config: ModelConfig, *, device: torch.device, dtype:
         raise _unsupported(config, f"{config.kv_heads} KV heads cannot serve {config.query_heads} query heads evenly")
     checkpoint = Checkpoint(folder)
     resolved = resolve_dtype(dtype, stored=config.dtype or checkpoint.main_dtype, device=device)
+    _check_size(folder, config, checkpoint)
     try:
         with _quiet():
             # transformers loads to a device with the package accelerate only. But what it loads to the CPU in the dtype
@@ -252,6 +256,25 @@ def load_code(folder: Path, config: ModelConfig, *, device: torch.device, dtype:
     if problems:
         raise CheckpointError(f"the tensors in {folder} do not fit its config.json. {problems}")
     return TransformersCode(config, model.eval())
+
+
+def _check_size(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` for a config.json that announces far more than the files hold.
+
+    transformers would take the memory for it before it notices what is missing.
+    """
+    stored = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
+    if config.layers > len(checkpoint.tensors):
+        raise CheckpointError(f"{folder} has {len(checkpoint.tensors)} tensors, but config.json {config.layers} layers")
+    try:
+        with _quiet(), torch.device("meta"):
+            known = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model: Any = AutoModelForCausalLM.from_config(known, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise CheckpointError(f"{folder} is refused by transformers as {config.architecture}: {error}") from error
+    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if wanted > 2 * stored + _TABLES:
+        raise CheckpointError(f"{folder} holds {stored} numbers, but its config.json announces a model of {wanted}")
 
 
 @contextmanager
