@@ -62,6 +62,8 @@ class Dispatcher:
         self._pages: int | None = None
         """KV pages of each replica: all have as many, so that a request which fits one fits any."""
         self._closed = False
+        self._refilling = False
+        """Whether `_refill` is about to be called."""
         self._restart_timeout = restart_timeout
         self._down_since = float("-inf")
         """When the last replica that was up went down."""
@@ -120,10 +122,10 @@ class Dispatcher:
         for branch in flight.branches:
             if branch.finish_reason is None:
                 branch.finish_reason = "abort"
-                released = self._scheduler.cancel(branch.request_id, now=now)
+                self._scheduler.cancel(branch.request_id, now=now, place=False)
                 if branch.replica is not None:
                     self.roster.send(branch.replica, Abort(branch.request_id))
-                self._place_all(released)
+        self._refill_soon()
         if error is not None:
             flight.fail(error, now)
         else:
@@ -320,6 +322,16 @@ class Dispatcher:
             self._branches[request_id].replica = None
             self.roster.send(number, Abort(request_id))
         self._place_all(moved.placements)
+
+    def _refill_soon(self) -> None:
+        """Give others the room of those who left: once for all who leave in this turn of the event loop."""
+        if not self._refilling:
+            self._refilling = True
+            self._call_soon(self._refill)
+
+    def _refill(self) -> None:
+        self._refilling = False
+        self._place_all(self._scheduler.place_waiting(now=time.monotonic()))
 
     def _place_all(self, placements: Iterable[Placement]) -> None:
         for placement in placements:
