@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# A process per core, up to four, each of which takes the next test as soon as it has ended one. `JOBS=0`: no processes.
+JOBS ?= auto
+PARALLEL := --numprocesses $(JOBS) --maxprocesses 4 --dist loadgroup
 
 .PHONY: help install demo test test-long lint bench bench-sched bench-fidelity bench-sim clean
 .DEFAULT_GOAL := help
@@ -30,7 +33,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m preble demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not long" --hypothesis-profile=repeatable
+	$(BIN)/python -m pytest -m "not long" --hypothesis-profile=repeatable $(PARALLEL)
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +21,27 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
+import preble
+
+# No test fails because the machine is slow.
+settings.register_profile(
+    "new", settings.get_profile("default"), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 # What `make test` says of a commit depends on the commit alone. `make test-long` looks for new examples.
-settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("repeatable", settings.get_profile("new"), derandomize=True, print_blob=True)
+settings.load_profile("new")
+
+
+def pytest_collection_finish() -> None:
+    """Hypothesis draws constants that it finds in our loaded modules: always all, whichever tests ran here before."""
+    if not settings().derandomize:
+        return
+    for module in pkgutil.walk_packages(preble.__path__, "preble."):
+        if not module.name.endswith(".__main__"):
+            with contextlib.suppress(ModuleNotFoundError):  # a peer to measure against
+                importlib.import_module(module.name)
 
 
 @pytest.fixture(params=["asyncio", "trio"])

@@ -21,6 +21,9 @@ from preble.kernels.architecture import SM_80, SM_90
 from preble.kernels.launch import recorded_launches
 from preble.kernels.variants import pairwise, variants
 
+pytestmark = pytest.mark.xdist_group("compiled ahead")
+"""What is compiled once is checked by many; among the first tests, as two more processes work for minutes."""
+
 CACHE_OF_TRITON = "triton_cache"
 ATTENTION = {"paged_decode_kernel", "_paged_extend", "shared_prefix_kernel"}
 
@@ -54,7 +57,7 @@ class Checked:
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Checked:
-    return Checked(tmp_path_factory.mktemp("samples"), "--variants", "sample_kernels")
+    return Checked(tmp_path_factory.mktemp("samples"), "--variants", "sample_kernels", "--jobs", "1")
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
@@ -131,7 +134,9 @@ class TestSamples:
 
 
 def test_only_and_architecture_choose(tmp_path: Path) -> None:
-    checked = Checked(tmp_path, "--variants", "sample_kernels", "--only", "good", "--architecture", "sm_80")
+    checked = Checked(
+        tmp_path, "--variants", "sample_kernels", "--only", "good", "--architecture", "sm_80", "--jobs", "1"
+    )
     assert {(done["variant"], done["architecture"]) for done in checked.figures} == {
         ("good copy", "sm_80"),
         ("good product", "sm_80"),
