@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from e2_paper_world import DOCUMENT, PerToken, World, ask, tokens
 
-from preble.sched import Placement, Waiting
+from preble.sched import Placement, ReplicaDown, ReplicaUp, Waiting
 
 # Rebalancing
 
@@ -139,6 +139,26 @@ def test_a_copy_retires_when_the_prefix_cools_and_comes_back_first_when_it_is_ho
     wait_for(world, 5.0, first=100)
     again = world.submit(ask(140))
     assert (again.replica, again.reason, again.cached_tokens) == (copy, "replicate", 1000)
+
+
+@pytest.mark.parametrize("cooled", [False, True])
+def test_a_restarted_replica_has_no_copy_to_use_or_to_retire(cooled: bool) -> None:
+    world, home = hot()
+    copy = world.run(ask(40)).replica
+    world.now = 45.0
+    if cooled:
+        wait_for(world, 0.01, first=50)
+        world.run(ask(70))
+        assert {world.run(ask(number)).replica for number in range(71, 90)} == {home}, "the copy is retired"
+    world.scheduler.apply(ReplicaDown(copy), now=world.now)
+    world.scheduler.apply(ReplicaUp(copy), now=world.now)
+    world.sequences[copy] = 0
+    assert world.run(ask(90)).replica == home
+    world.store(copy, DOCUMENT)
+    wait_for(world, 0.01, first=100)
+    world.run(ask(110))
+    assert world.run(ask(111)).replica == copy, "it has the least load of those that have the document"
+    world.scheduler.check()
 
 
 # Leaving a replica that is too busy

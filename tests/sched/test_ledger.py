@@ -254,14 +254,93 @@ def test_what_left_the_window_is_not_corrected_any_more() -> None:
     one.check()
 
 
-def test_a_request_placed_again_is_load_of_both_replicas() -> None:
+def test_a_request_placed_again_is_load_of_its_new_replica_by_what_it_does_there() -> None:
     one = scheduler(2)
     submit(one, "a", expected_tokens=4)
+    one.apply(Admitted(0, "a", 0), now=0.0)
+    one.apply(Progressed(0, "a", 20, (5,)), now=0.0)
+    one.apply(Progressed(0, "a", 22, (5, 5)), now=0.0)
     (moved,) = one.apply(ReplicaDown(0), now=1.0)
     assert moved.replica == 1
     first, second = one.replicas
-    assert (first.in_flight, first.window_prefill_seconds, first.window_decode_seconds) == (0, 10.0, 0.0)
-    assert (second.in_flight, second.window_prefill_seconds) == (1, 10.0)
+    assert (first.in_flight, first.window_prefill_seconds, first.window_decode_seconds) == (0, 0.0, 0.0)
+    assert (second.in_flight, second.window_prefill_seconds) == (1, 11.5), "three tokens more are to be computed"
+    assert second.window_decode_seconds == pytest.approx(0.5), "one of four is left"
+    one.apply(Admitted(1, "a", 8), now=1.0)
+    assert second.window_prefill_seconds == 7.5, "the first admission there decides"
+    one.apply(Progressed(1, "a", 23, (5,)), now=1.0)
+    one.apply(Progressed(1, "a", 24, (5,)), now=1.0)
+    one.check()
+    one.apply(Finished(1, "a"), now=1.0)
+    assert second.window_decode_seconds == pytest.approx(1.0), "two tokens here, five in all"
+    one.check()
+
+
+def test_a_request_that_outgrew_its_hint_is_expected_to_go_on() -> None:
+    one = scheduler(2)
+    submit(one, "a", expected_tokens=2)
+    one.apply(Progressed(0, "a", 20, (5,) * 9), now=0.0)
+    one.apply(ReplicaDown(0), now=1.0)
+    assert one.replicas[1].window_decode_seconds == pytest.approx(0.5)
+    one.cancel("a", now=1.0)
+    assert one.replicas[1].window_decode_seconds == 0.0
+
+
+def test_explanations_count_the_load_as_of_the_time_asked_about() -> None:
+    one = scheduler(policy="e2-paper")
+    submit(one, "early", [1] * 8, expected_tokens=1, session="talk")
+    submit(one, "late", [2] * 4, now=6.0, expected_tokens=1)
+
+    def load(now: float) -> float:
+        (candidate,) = one.explain([3], now=now, session="talk").candidates
+        return candidate.costs["load_seconds"]
+
+    assert [load(now) for now in (6.0, 11.0, 17.0, 6.0)] == [7.0, 2.5, 0.0, 7.0], "and asking changes nothing"
+    (books,) = one.replicas
+    assert books.window_prefill_seconds == 6.0
+    one.check()
+
+
+def test_a_session_outside_the_window_is_over_whenever_it_is_asked_for() -> None:
+    one = scheduler(2)
+    submit(one, "0", session="talk")
+    one.apply(Finished(0, "0"), now=0.0)
+    assert one._fleet.sessions.last(("", "talk"), WINDOW) is one._fleet.ledgers[0]
+    assert one._fleet.sessions.last(("", "talk"), 2 * WINDOW) is None
+
+
+def state_of(books: Any) -> dict[str, Any]:
+    """All that is kept of a replica, but for its number and what its steps cost."""
+    kept = {name: getattr(books, name) for name in books.__slots__ if name not in ("replica", "cost", "cache")}
+    cache = books.cache
+    skipped = ("bit", "slot", "order", "_prefill_seconds")
+    kept |= {name: getattr(cache, name) for name in cache.__slots__ if name not in skipped}
+    return kept | {"order": [getattr(cache.order, name) for name in cache.order.__slots__]}
+
+
+@pytest.mark.parametrize("policy", ["e2", "e2-paper"])
+def test_a_restarted_replica_is_like_a_new_one(policy: str) -> None:
+    one = scheduler(policy=policy, window=1000.0)
+    for number in range(20):
+        one.submit(str(number), [*PROMPT, number], now=float(number), session="talk", expected_tokens=3)
+        one.apply(Admitted(0, str(number), 0), now=float(number))
+        pages = page_hashes(np.array([*PROMPT, number, 1, 1, 1], np.int32), PAGE)
+        one.apply(Stored(0, 2 * number + 1, "", pages), now=float(number))  # every other one is still on its way
+        one.apply(StepTimed(0, 100, 0, 100, 50.0, 10_000), now=float(number))
+        if number % 2:
+            one.apply(Finished(0, str(number)), now=float(number))
+    one.apply(ReplicaDown(0), now=30.0)
+    one.apply(Stored(0, 99, "", page_hashes(np.array(PROMPT, np.int32), PAGE)), now=30.0)
+    for name in one.waiting:
+        one.cancel(name, now=30.0)
+    one.apply(ReplicaUp(0), now=31.0)
+    one.add_replica()
+    restarted, new = one.replicas
+    assert state_of(restarted) == state_of(new)
+    seen, like = one.explain(PROMPT, now=31.0, session="talk").candidates
+    assert (seen.cached_tokens, seen.costs) == (like.cached_tokens, like.costs)
+    one.apply(Stored(0, 1, "", page_hashes(np.array(PROMPT, np.int32), PAGE)), now=32.0)
+    assert len(one.resident_pages(0)) == 5, "its events are numbered from 1 again"
     one.check()
 
 

@@ -104,7 +104,8 @@ class ReplicaUp:
 
     replica: int
     sequence: int = 0
-    """Number of the last cache event of its earlier life: those up to it are ignored should they still arrive."""
+    """Number of the last cache event of its earlier life: those up to it are ignored should they still arrive. 0 where
+    none can arrive any more; then the new life numbers its events 1, 2, 3, … as well."""
 
 
 Event: TypeAlias = Admitted | Progressed | Preempted | Finished | Stored | Evicted | StepTimed | ReplicaDown | ReplicaUp

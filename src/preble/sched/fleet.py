@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from preble.errors import InvalidRequest
 from preble.sched.event_order import EventOrder
@@ -93,8 +94,10 @@ class Fleet:
         return self._take_off(waiting)
 
     def down(self, ledger: Ledger) -> list[Request]:
-        """A replica lost its cache and its requests; returns these, oldest first."""
+        """A replica lost its cache and its requests; returns these, oldest first. Should it come back it is like a new
+        one, but for how fast it seemed: a restart changes nothing about the machine."""
         lost = self._lose(ledger)
+        ledger.forget_load()
         ledger.up = False
         self._find_eligible()
         return lost
@@ -111,11 +114,29 @@ class Fleet:
         """Forget what lies before the window."""
         self.tree.sweep(now)
         self.sessions.sweep(now)
-        horizon = now - self.window
-        if horizon >= self._expired + self.window * EXPIRY_GRAIN:
+        horizon = self._horizon(now)
+        if horizon > self._expired:
             self._expired = horizon
             for ledger in self.ledgers.values():
                 ledger.expire(horizon)
+
+    @contextmanager
+    def as_of(self, now: float) -> Iterator[None]:
+        """The load of the window as it will be at a later time if nothing happens until then, while this lasts."""
+        horizon = self._horizon(now)
+        kept = [(one, one.window_prefill_seconds, one.window_decode_seconds) for one in self.ledgers.values()]
+        for ledger, _, _ in kept:
+            ledger.window_prefill_seconds, ledger.window_decode_seconds = ledger.load_since(horizon)
+        try:
+            yield
+        finally:
+            for ledger, prefill, decode in kept:
+                ledger.window_prefill_seconds, ledger.window_decode_seconds = prefill, decode
+
+    def _horizon(self, now: float) -> float:
+        """The time from before which load does not count."""
+        horizon = now - self.window
+        return horizon if horizon >= self._expired + self.window * EXPIRY_GRAIN else self._expired
 
     # Requests come and go
 
@@ -136,7 +157,7 @@ class Fleet:
         request.expected_tokens = max(min(expected, request.max_tokens), 1.0)
         session = None
         if request.session is not None:
-            last = self.sessions.last((request.namespace, request.session))
+            last = self.sessions.last((request.namespace, request.session), now)
             session = self.eligible.index(last) if last in self.eligible else None
         return Situation(
             request,

@@ -13,12 +13,28 @@ from preble.sched.request import Request
 class Share:
     """What one placement adds to its replica's load of the window H, in GPU seconds."""
 
-    __slots__ = ("counted", "decode_seconds", "placed", "prefill_seconds")
+    __slots__ = (
+        "admitted",
+        "counted",
+        "decode_seconds",
+        "expected_tokens",
+        "output_before",
+        "placed",
+        "prefill_seconds",
+    )
 
-    def __init__(self, placed: float, prefill_seconds: float, decode_seconds: float) -> None:
+    def __init__(
+        self, placed: float, prefill_seconds: float, decode_seconds: float, expected_tokens: float, output_before: int
+    ) -> None:
         self.placed = placed
         self.prefill_seconds = prefill_seconds
         self.decode_seconds = decode_seconds
+        self.expected_tokens = expected_tokens
+        """How many tokens the request will probably generate here."""
+        self.output_before = output_before
+        """How many it had generated elsewhere."""
+        self.admitted = False
+        """The replica has started on the request."""
         self.counted = True
         """The placement lies within the window."""
 
@@ -120,16 +136,18 @@ class Ledger:
 
     def place(self, request: Request, cached_tokens: int, number: int, now: float) -> None:
         """Enter a request of which `cached_tokens` are believed to be in the prefix cache."""
-        tokens, size = len(request.tokens), self.page_size
+        tokens, size, output = len(request.tokens), self.page_size, request.output_tokens
+        known = tokens + output
+        expected = max(request.expected_tokens - output, 1.0)
         cost = self.cost
         request.ledger = self
         request.queued = True
         request.decoding = False
-        request.prefill_tokens = missing = max(request.known_tokens - cached_tokens, 1)
-        request.prefill_seconds = prefill = cost.prefill_seconds(missing, request.known_tokens - missing)
+        request.prefill_tokens = missing = max(known - cached_tokens, 1)
+        request.prefill_seconds = prefill = cost.prefill_seconds(missing, known - missing)
         request.pages = -int(-(tokens + request.expected_tokens) // size)
         request.private_pages = request.pages - tokens // size
-        request.share = share = Share(now, prefill, request.expected_tokens * self._token_seconds(tokens))
+        request.share = share = Share(now, prefill, expected * self._token_seconds(known), expected, output)
         self.shares.append(share)
         self.window_prefill_seconds += prefill
         self.window_decode_seconds += share.decode_seconds
@@ -147,14 +165,16 @@ class Ledger:
         if request.queued:
             self.queued -= 1
             request.queued = False
+        share = request.share
+        assert share is not None
         missing = max(request.known_tokens - cached_tokens, 1)
         if missing != request.prefill_tokens or request.decoding:
             seconds = self.cost.prefill_seconds(missing, request.known_tokens - missing)
-            share = request.share
-            if share is not None and share.counted and not request.admitted:
+            if share.counted and not share.admitted:
                 self.window_prefill_seconds += seconds - share.prefill_seconds
                 share.prefill_seconds = seconds
             self._set(request, missing, seconds, decoding=False)
+        share.admitted = True
 
     def progress(self, request: Request, computed_tokens: int, generated: int) -> None:
         """A step ended with `computed_tokens` of the request on the replica, and so many generated in all."""
@@ -207,7 +227,8 @@ class Ledger:
         share = request.share
         if share is not None:
             if share.counted:  # count what it did rather than what was expected of it
-                seconds = share.decode_seconds * request.output_tokens / request.expected_tokens
+                output = request.output_tokens - share.output_before
+                seconds = share.decode_seconds * output / share.expected_tokens
                 self.window_decode_seconds += seconds - share.decode_seconds
                 share.decode_seconds = seconds
             request.share = None
@@ -215,14 +236,26 @@ class Ledger:
 
     def expire(self, horizon: float) -> None:
         """Forget the load of placements from before `horizon`."""
+        self.window_prefill_seconds, self.window_decode_seconds = self.load_since(horizon)
         shares = self.shares
         while shares and shares[0].placed < horizon:
-            share = shares.popleft()
-            self.window_prefill_seconds -= share.prefill_seconds
-            self.window_decode_seconds -= share.decode_seconds
-            share.counted = False
-        if not shares:
-            self.window_prefill_seconds = self.window_decode_seconds = 0.0
+            shares.popleft().counted = False
+
+    def load_since(self, horizon: float) -> tuple[float, float]:
+        """Prefill and decode seconds of the window, less those of placements from before `horizon`."""
+        prefill, decode = self.window_prefill_seconds, self.window_decode_seconds
+        for share in self.shares:
+            if share.placed >= horizon:
+                return prefill, decode
+            prefill -= share.prefill_seconds
+            decode -= share.decode_seconds
+        return 0.0, 0.0
+
+    def forget_load(self) -> None:
+        """The replica, which has no requests, begins anew: what it did before tells nothing of what it will do."""
+        self.shares.clear()
+        self.window_prefill_seconds = self.window_decode_seconds = 0.0
+        self.last_placed = -1
 
     def check(self) -> None:
         """Prove the sums from scratch."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 RECENT = 16
 """Means follow about the last this many requests."""
 
@@ -14,7 +16,18 @@ class PrefixStats:
         now: seconds; the halves are counted from here.
     """
 
-    __slots__ = ("copies", "half", "mean_output", "outputs", "retired", "scaled", "since", "wait", "waits")
+    __slots__ = (
+        "__weakref__",
+        "copies",
+        "half",
+        "mean_output",
+        "outputs",
+        "retired",
+        "scaled",
+        "since",
+        "wait",
+        "waits",
+    )
 
     def __init__(self, now: float) -> None:
         self.outputs = 0
@@ -32,6 +45,11 @@ class PrefixStats:
         """Replicas whose copy is not used any more since it cooled, in order."""
         self.scaled = -1
         """The half window in which a copy was last given or retired."""
+
+    def keep_copies(self, replicas: Collection[int]) -> None:
+        """Forget the copies, retired ones too, that are on none of these replicas."""
+        self.copies = tuple([one for one in self.copies if one in replicas])
+        self.retired = tuple([one for one in self.retired if one in replicas])
 
     def ended(self, output_tokens: int) -> None:
         """A request ended, having generated this much."""

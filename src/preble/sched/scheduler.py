@@ -47,8 +47,8 @@ class GlobalScheduler:
 
     A request that no replica can take waits here. Waiting requests are served by priority (higher first), then
     deadline (earlier first), then age, or, where the policy lets them overtake each other, as `Policy.overtakes` says.
-    `apply`, `poll`, `cancel`, `place_waiting`, `drain` and `remove_replica` return the placements they made possible;
-    after `add_replica` call `poll`.
+    `apply`, `poll`, `cancel`, `drain` and `remove_replica` return the placements they made possible; after
+    `add_replica` call `poll`.
 
     Args:
         replicas: how many there are at the start, numbered from 0.
@@ -184,20 +184,18 @@ class GlobalScheduler:
             self._advance(now)
         if ledger is not None:
             handler(ledger, event)
-        return self.place_waiting(now=self._now)
+        if self._waiting.empty or not (self._news or not self._policy.overtakes):
+            return []
+        return self._place_waiting()
 
     def poll(self, now: float) -> list[Placement]:
         """Let time pass; returns the placements that are possible now."""
         self._advance(now)
         return self._place_waiting()
 
-    def cancel(self, request_id: str, *, now: float, place: bool = True) -> list[Placement]:
+    def cancel(self, request_id: str, *, now: float) -> list[Placement]:
         """Forget a request, whether it waits or is on a replica; its `Finished` may still come. An id that is not here
-        is ignored. Returns the placements that this made possible.
-
-        Where many are cancelled at once, cancel them without `place`, and call `place_waiting` in the end: looking at
-        those who wait takes the longer the more there are.
-        """
+        is ignored. Returns the placements that this made possible."""
         self._advance(now)
         request = self._requests.pop(request_id, None)
         if request is not None:
@@ -205,16 +203,6 @@ class GlobalScheduler:
                 self._waiting.remove(request)
             else:
                 self._fleet.leave(request)
-                self._news = True
-        return self.place_waiting(now=now) if place else []
-
-    def place_waiting(self, *, now: float) -> list[Placement]:
-        """The placements that cancellations without `place` made possible; where nothing has happened since the last
-        look at those who wait, they are not looked at again."""
-        if now > self._now:
-            self._advance(now)
-        if self._waiting.empty or not (self._news or not self._policy.overtakes):
-            return []
         return self._place_waiting()
 
     def explain(
@@ -229,20 +217,21 @@ class GlobalScheduler:
         session: str | None = None,
         expected_tokens: int | None = None,
     ) -> Explanation:
-        """What `submit` would do with this prompt, and why. Changes nothing.
+        """What `submit` would do with this prompt at this time, and why. Changes nothing.
 
         Raises:
             InvalidRequest: the prompt or another argument is malformed.
         """
         request = self._request("", token_ids, now, max_tokens, namespace, priority, deadline, session, expected_tokens)
-        fleet = self._fleet
+        fleet, now = self._fleet, max(now, self._now)
         match = fleet.tree.find(namespace, request.tokens)
         replica, reason = None, self._obstacle()
         costs: dict[int, Mapping[str, float]] = {}
         if fleet.eligible:
-            view = fleet.view(request, match, max(now, self._now), self._lots.copy())
-            costs = {one.replica: self._policy.costs(view, index) for index, one in enumerate(view.replicas)}
-            choice = self._choose(view) if self._waiting.empty or self._policy.overtakes else None
+            with fleet.as_of(now):
+                view = fleet.view(request, match, now, self._lots.copy())
+                costs = {one.replica: self._policy.costs(view, index) for index, one in enumerate(view.replicas)}
+                choice = self._choose(view) if self._waiting.empty or self._policy.overtakes else None
             if choice is not None:
                 replica, reason = view.replicas[choice.chosen].replica, choice.reason
         candidates = fleet.candidates(match, costs)

@@ -22,10 +22,10 @@ class Sessions:
         self._window = window
         self._last: OrderedDict[Session, tuple[float, Ledger]] = OrderedDict()
 
-    def last(self, session: Session) -> Ledger | None:
-        """The replica of its last request."""
+    def last(self, session: Session, now: float) -> Ledger | None:
+        """The replica of its last request, if that was within the window."""
         entry = self._last.get(session)
-        return None if entry is None else entry[1]
+        return None if entry is None or entry[0] < now - self._window else entry[1]
 
     def placed(self, session: Session, ledger: Ledger, now: float) -> None:
         """A request of the session went to this replica."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from preble.sched.policies.base import Choice, Policy, ReplicaView, View, draw
 
@@ -91,6 +92,8 @@ class E2Paper(Policy):
         """The replica that is too heavy, and the light one that gets its requests."""
         self._paces: dict[int, float] = {}
         """Seconds per token of a full prefill step, as of the last review."""
+        self._scaled: WeakSet[PrefixStats] = WeakSet()
+        """Prefixes that were given a copy."""
 
     # Deciding
 
@@ -326,6 +329,7 @@ class E2Paper(Policy):
             replica = view.replicas[choice.chosen].replica
             stats.copies = (*(one for one in stats.copies if one != replica), replica)
             stats.retired = tuple(one for one in stats.retired if one != replica)
+            self._scaled.add(stats)
             stats.scaled = stats.half_at(view.now, view.window)
         elif self._is_cool(stats, view):
             stats.retired = (*stats.retired, stats.copies[-1])
@@ -335,6 +339,10 @@ class E2Paper(Policy):
     # Rebalancing
 
     def review(self, replicas: Sequence[ReplicaView], now: float) -> None:
+        here = {one.replica for one in replicas}
+        if self._paces.keys() - here:  # a replica is gone, and its copies are, should it come back
+            for stats in self._scaled:
+                stats.keep_copies(here)
         self._paces = {
             one.replica: one.cost.prefill_seconds(one.max_batched_tokens) / one.max_batched_tokens for one in replicas
         }

@@ -232,6 +232,9 @@ class Comparison(RuleBasedStateMachine):
         for arrival in recent:
             first, second = self.explain(arrival), self.explain(arrival)
             require(first == second, f"explain said\n{first}\nand then\n{second}")
+            later = self.scheduler.explain(arrival.token_ids, now=self.now + 2 * WINDOW, **arrival.options)
+            loads = [one.costs.get("load_seconds", 0.0) for one in later.candidates]
+            require(not any(loads), f"load outlives the window: {later}")
 
     def teardown(self) -> None:
         again = GlobalScheduler(0, policy=self.new_policy(), **self._options) if self._calls else None

@@ -122,13 +122,11 @@ class SchedulerMachine(Comparison):
         self.submit_one(request)
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data(), at_once=st.booleans())
-    def cancel(self, data: st.DataObject, at_once: bool) -> None:
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(list(self.requests)))
         request = self.requests.pop(name)
-        self.note(self.call("cancel", name, now=self.now, place=at_once))
-        if not at_once:
-            self.note(self.call("place_waiting", now=self.now))
+        self.note(self.call("cancel", name, now=self.now))
         require(self.call("cancel", name, now=self.now) == [], "cancelled twice")
         if request.replica is not None:
             self.apply(Finished(request.replica, name))
@@ -231,6 +229,13 @@ class SchedulerMachine(Comparison):
             gone.append(data.draw(st.sampled_from(victims)))
         self._say(replica, gone[::-1], stored=False)
 
+    @precondition(lambda self: any(one.cache for one in self.replicas.values()))
+    @rule(data=st.data())
+    def reset(self, data: st.DataObject) -> None:
+        """A replica forgets its cache, pages in use included. Its requests go on."""
+        replica = data.draw(st.sampled_from([number for number, one in self.replicas.items() if one.cache]))
+        self._say(replica, list(self.replicas[replica].cache), stored=False)
+
     @precondition(lambda self: any(one.held_back for one in self.replicas.values()))
     @rule(data=st.data(), everything=st.booleans())
     def deliver(self, data: st.DataObject, everything: bool) -> None:
@@ -258,7 +263,7 @@ class SchedulerMachine(Comparison):
         self.note(self.call("poll", self.now))
 
     @precondition(lambda self: self.replicas)
-    @rule(data=st.data(), change=st.sampled_from(["crash", "restart", "restart", "drain", "remove"]))
+    @rule(data=st.data(), change=st.sampled_from(["crash", "restart", "renew", "drain", "remove"]))
     def change_the_fleet(self, data: st.DataObject, change: str) -> None:
         getattr(self, f"_{change}")(data.draw(st.sampled_from(list(self.replicas))))
 
@@ -273,6 +278,12 @@ class SchedulerMachine(Comparison):
         if not model.up:
             model.restart()
         self.apply(ReplicaUp(replica, sequence=model.sequence))
+
+    def _renew(self, replica: int) -> None:
+        """A new process is up, and whoever carries events has dropped those of the old one."""
+        if not self.replicas[replica].up:
+            self.replicas[replica].renew()
+        self.apply(ReplicaUp(replica))
 
     def _drain(self, replica: int) -> None:
         self.replicas[replica].draining = True

@@ -161,6 +161,7 @@ class ModelReplica:
 
     def crash(self) -> None:
         self.up = False
+        self.last_placed = -math.inf
         self.cache = {}
         self._newest, self.stated, self.doubtful = {}, set(), set()
 
@@ -169,6 +170,11 @@ class ModelReplica:
         # What is still held back belongs to the earlier life, and may come at any time.
         self.delivered += [event for event, _ in self.held_back]
         self.held_back = []
+
+    def renew(self) -> None:
+        """As `restart`, but nothing of the earlier life is on its way, and events are numbered from 1 again."""
+        self.up = True
+        self.held_back, self.delivered, self.sequence = [], [], 0
 
 
 class ModelTree:
