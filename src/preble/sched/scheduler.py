@@ -47,8 +47,8 @@ class GlobalScheduler:
 
     A request that no replica can take waits here. Waiting requests are served by priority (higher first), then
     deadline (earlier first), then age, or, where the policy lets them overtake each other, as `Policy.overtakes` says.
-    `apply`, `poll`, `cancel`, `drain` and `remove_replica` return the placements they made possible; after
-    `add_replica` call `poll`.
+    `apply`, `poll`, `cancel`, `place_waiting`, `drain` and `remove_replica` return the placements they made possible;
+    after `add_replica` call `poll`.
 
     Args:
         replicas: how many there are at the start, numbered from 0.
@@ -184,18 +184,20 @@ class GlobalScheduler:
             self._advance(now)
         if ledger is not None:
             handler(ledger, event)
-        if self._waiting.empty or not (self._news or not self._policy.overtakes):
-            return []
-        return self._place_waiting()
+        return self.place_waiting(now=self._now)
 
     def poll(self, now: float) -> list[Placement]:
         """Let time pass; returns the placements that are possible now."""
         self._advance(now)
         return self._place_waiting()
 
-    def cancel(self, request_id: str, *, now: float) -> list[Placement]:
+    def cancel(self, request_id: str, *, now: float, place: bool = True) -> list[Placement]:
         """Forget a request, whether it waits or is on a replica; its `Finished` may still come. An id that is not here
-        is ignored. Returns the placements that this made possible."""
+        is ignored. Returns the placements that this made possible.
+
+        Where many are cancelled at once, cancel them without `place`, and call `place_waiting` in the end: looking at
+        those who wait takes the longer the more there are.
+        """
         self._advance(now)
         request = self._requests.pop(request_id, None)
         if request is not None:
@@ -203,6 +205,16 @@ class GlobalScheduler:
                 self._waiting.remove(request)
             else:
                 self._fleet.leave(request)
+                self._news = True
+        return self.place_waiting(now=now) if place else []
+
+    def place_waiting(self, *, now: float) -> list[Placement]:
+        """The placements that cancellations without `place` made possible; where nothing has happened since the last
+        look at those who wait, they are not looked at again."""
+        if now > self._now:
+            self._advance(now)
+        if self._waiting.empty or not (self._news or not self._policy.overtakes):
+            return []
         return self._place_waiting()
 
     def explain(

@@ -122,11 +122,13 @@ class SchedulerMachine(Comparison):
         self.submit_one(request)
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), at_once=st.booleans())
+    def cancel(self, data: st.DataObject, at_once: bool) -> None:
         name = data.draw(st.sampled_from(list(self.requests)))
         request = self.requests.pop(name)
-        self.note(self.call("cancel", name, now=self.now))
+        self.note(self.call("cancel", name, now=self.now, place=at_once))
+        if not at_once:
+            self.note(self.call("place_waiting", now=self.now))
         require(self.call("cancel", name, now=self.now) == [], "cancelled twice")
         if request.replica is not None:
             self.apply(Finished(request.replica, name))
