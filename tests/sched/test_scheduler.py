@@ -29,6 +29,7 @@ from preble.sched import (
     Waiting,
 )
 from preble.sched.hashing import namespace_salt, page_hashes
+from preble.sched.policies import make_policy
 from preble.sched.prefix_tree import MOST_SWEPT
 from preble.sched.testing import leads_to
 
@@ -330,6 +331,56 @@ def test_what_a_busy_fleet_cannot_take_off_a_draining_replica_waits_in_its_turn(
     while one.in_flight(full):
         one.apply(Finished(full, one.in_flight(full)[0]), now=2.0)
     assert (one.waiting, one.in_flight(0)) == ([], [])
+    one.check()
+
+
+def all_down(one: GlobalScheduler) -> str:
+    for books in one.replicas:
+        one.apply(ReplicaDown(books.replica), now=1.0)
+    return "no replica is up"
+
+
+def all_gone(one: GlobalScheduler) -> str:
+    for books in one.replicas:
+        one.remove_replica(books.replica, now=1.0)
+    return "no replica is up"
+
+
+def some_draining(one: GlobalScheduler) -> str:
+    one.drain(1, now=1.0)
+    one.apply(ReplicaDown(0), now=1.0)
+    one.apply(ReplicaDown(2), now=1.0)
+    return "every replica that is up drains"
+
+
+@pytest.mark.parametrize("happens", [all_down, all_gone, some_draining])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_with_nobody_to_serve_them_requests_wait_in_order_and_none_is_lost(
+    policy: str, happens: Callable[[GlobalScheduler], str]
+) -> None:
+    one = scheduler(3, policy)
+    wishes: list[dict[str, Any]] = [{}, {"deadline": 9.0}, {"priority": 1}, {"priority": -1}, {"deadline": 5.0}]
+    for number, wish in enumerate(wishes):
+        one.submit(f"placed {number}", [1, number], now=0.0, **wish)
+    before = [name for replica in range(3) for name in one.in_flight(replica)]
+    for name in before[::2]:
+        for replica in range(3):
+            one.apply(Admitted(replica, name, 0), now=0.0)
+    reason = happens(one)
+    for number, wish in enumerate(wishes):
+        assert one.submit(f"new {number}", [1, number], now=2.0, **wish) == Waiting(f"new {number}", reason)
+    stay = [name for books in one.replicas for name in one.in_flight(books.replica)]
+    everybody = {f"{kind} {number}" for kind in ("placed", "new") for number in range(5)}
+    assert {*one.waiting, *stay} == everybody
+    in_order = [f"{kind} {number}" for number in (2, 4, 1, 0, 3) for kind in ("placed", "new")]
+    assert one.waiting == [name for name in in_order if name not in stay]
+    expected = one.waiting
+    replica = one.add_replica() if happens is all_gone else 0
+    placements = one.poll(3.0) if happens is all_gone else one.apply(ReplicaUp(0), now=3.0)
+    assert {place.replica for place in placements} == {replica}
+    if not make_policy(policy).overtakes:
+        assert [place.request_id for place in placements] == expected
+    assert {*one.in_flight(replica), *stay} == everybody
     one.check()
 
 

@@ -126,9 +126,11 @@ class SchedulerMachine(Comparison):
     def cancel(self, data: st.DataObject, at_once: bool) -> None:
         name = data.draw(st.sampled_from(list(self.requests)))
         request = self.requests.pop(name)
-        self.note(self.call("cancel", name, now=self.now, place=at_once))
+        placements = self.call("cancel", name, now=self.now, place=at_once)
         if not at_once:
-            self.note(self.call("place_waiting", now=self.now))
+            require(placements == [], f"nothing was to be placed yet: {placements}")
+            placements = self.call("place_waiting", now=self.now)
+        self.note(placements)
         require(self.call("cancel", name, now=self.now) == [], "cancelled twice")
         if request.replica is not None:
             self.apply(Finished(request.replica, name))
