@@ -290,7 +290,7 @@ def test_a_wrong_policy_is_noticed(policy: Callable[[], Policy], message: str) -
 
 
 def test_a_wrong_scheduler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(self: GlobalScheduler, request_id: str, *, now: float) -> list[Placement]:
+    def forgetful(self: GlobalScheduler, request_id: str, *, now: float, place: bool = True) -> list[Placement]:
         self._advance(now)
         self._requests.pop(request_id, None)
         return []
