@@ -537,7 +537,7 @@ async def test_when_no_replica_comes_back_requests_fail_clearly(llama: Path, mon
 
         broken.step = step
         monkeypatch.setattr(EngineSource, "engine", load)
-        with pytest.raises(preble.ReplicaCrashed, match="no replica came up within 0.2 s.*the disk is gone"):
+        with pytest.raises(preble.ReplicaCrashed, match=r"no replica came up within 0.2 s.*the disk is gone"):
             await cluster.generate("x", max_tokens=3)
         assert cluster.health().status == "down"
 

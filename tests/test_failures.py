@@ -157,19 +157,16 @@ async def test_an_idle_replica_never_hangs(llama: Path) -> None:
 
 
 async def test_a_standstill_of_the_application_is_nobody_elses_fault(llama: Path) -> None:
-    async with serving(llama, hang_timeout=0.2) as cluster, anyio.create_task_group() as group:
-        outputs = []
-
-        async def work() -> None:
-            outputs.append(await cluster.generate(PROMPTS[0], max_tokens=100, ignore_eos=True))
-
-        group.start_soon(work)
-        await until(lambda: cluster.stats().pending == 1)
+    async with serving(llama, hang_timeout=0.2) as cluster:
+        stream = cluster.stream(PROMPTS[0], max_tokens=150, ignore_eos=True)
+        await anext(stream)
         for _ in range(3):
             time.sleep(0.5)  # noqa: ASYNC251 - the application holds the loop up: replicas' reports are not read
+            cluster._dispatcher.roster._tick()
+            assert [one.failures for one in cluster.health().replicas] == [0, 0]
             await anyio.lowlevel.checkpoint()
-        await until(lambda: bool(outputs))
-        assert [one.failures for one in cluster.health().replicas] == [0, 0]
+        async for _ in stream:
+            pass
 
 
 async def test_a_poisonous_request_fails_before_it_kills_the_cluster(
@@ -283,6 +280,7 @@ async def test_what_a_request_is_to_blame_for_never_counts_against_its_replica(
 
 
 async def test_requests_wait_out_an_outage(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those from before it too, however long they have been here."""
     expected = await undisturbed(llama, PROMPTS, **GREEDY)
     original = EngineSource.engine
     may_load = threading.Event()
@@ -293,11 +291,16 @@ async def test_requests_wait_out_an_outage(llama: Path, monkeypatch: pytest.Monk
         return original(*args, **options)
 
     monkeypatch.setattr(EngineSource, "engine", engine)
-    async with serving(llama) as cluster, anyio.create_task_group() as group:
+    async with serving(llama, restart_timeout=50.0) as cluster, anyio.create_task_group() as group:
         may_load.clear()
-        roster = cluster._dispatcher.roster
+        dispatcher, roster = cluster._dispatcher, cluster._dispatcher.roster
+        early = cluster.stream(PROMPTS[0], **GREEDY)
+        await anext(early)
+        for flight in dispatcher._flights.values():
+            flight.submitted -= 1000.0
         for post in roster._posts.values():
             roster._fail(post, RuntimeError("injected"))
+        dispatcher.time_passed(time.monotonic())
         assert cluster.health().status == "down"
         outputs: dict[int, Any] = {}
 
@@ -306,9 +309,12 @@ async def test_requests_wait_out_an_outage(llama: Path, monkeypatch: pytest.Monk
 
         for number in range(len(PROMPTS)):
             group.start_soon(work, number)
-        await until(lambda: cluster.health().waiting == len(PROMPTS))
+        await until(lambda: cluster.health().waiting == len(PROMPTS) + 1)
         may_load.set()
         await until(lambda: len(outputs) == len(PROMPTS))
+        async for _ in early:
+            pass
+        assert early.output.token_ids == expected[0]
         assert [outputs[number].token_ids for number in range(len(PROMPTS))] == expected
 
 
