@@ -223,7 +223,8 @@ class Dispatcher:
         """A replica finished a step."""
         now = time.monotonic()
         for event in report.events:
-            self._place_all(self._scheduler.apply(event, now=now))
+            self._scheduler.apply(event, now=now, place=False)
+        self._refill_soon()
         for delta in report.deltas:
             branch = self._branches.get(delta.request_id)
             if branch is None or branch.replica != report.replica:
@@ -324,7 +325,7 @@ class Dispatcher:
         self._place_all(moved.placements)
 
     def _refill_soon(self) -> None:
-        """Give others the room of those who left: once for all who leave in this turn of the event loop."""
+        """Let those who wait have what has come free: once for all that happens in this turn of the event loop."""
         if not self._refilling:
             self._refilling = True
             self._call_soon(self._refill)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from preble.sched import GlobalScheduler
+from preble.sched import Finished, GlobalScheduler
 from preble.sched.policies import Choice, View
 from preble.sched.policies.e2 import E2
 
@@ -53,6 +53,18 @@ def test_the_room_of_all_who_leave_is_given_away_in_one_go() -> None:
     assert policy.looks == before
     refilled = one.place_waiting(now=0.0)
     assert len(refilled) == len(placed)
+    assert one.place_waiting(now=0.0) == [], "nothing has happened since"
+    one.check()
+
+
+def test_the_room_of_all_who_finish_is_given_away_in_one_go() -> None:
+    one, policy, placed, _ = crowded()
+    before = policy.looks
+    for name in placed:
+        for replica in (0, 1):
+            assert one.apply(Finished(replica, name), now=0.0, place=False) == []
+    assert policy.looks == before
+    assert len(one.place_waiting(now=0.0)) >= len(placed) // 2
     assert one.place_waiting(now=0.0) == [], "nothing has happened since"
     one.check()
 

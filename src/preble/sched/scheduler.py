@@ -164,8 +164,9 @@ class GlobalScheduler:
         self._waiting.push(request)
         return answer
 
-    def apply(self, event: Event, *, now: float) -> list[Placement]:
-        """Take in what a replica reports; returns the placements that this made possible.
+    def apply(self, event: Event, *, now: float, place: bool = True) -> list[Placement]:
+        """Take in what a replica reports; returns the placements that this made possible, none where `place` is false:
+        then call `place_waiting` after the last of many events.
 
         What a request or a replica no longer here sends is ignored. After `ReplicaDown` the requests that were in
         flight there are placed again, under their ids, on other replicas; those among them that are not in the
@@ -184,7 +185,7 @@ class GlobalScheduler:
             self._advance(now)
         if ledger is not None:
             handler(ledger, event)
-        return self.place_waiting(now=self._now)
+        return self.place_waiting(now=self._now) if place else []
 
     def poll(self, now: float) -> list[Placement]:
         """Let time pass; returns the placements that are possible now."""
@@ -209,8 +210,8 @@ class GlobalScheduler:
         return self.place_waiting(now=now) if place else []
 
     def place_waiting(self, *, now: float) -> list[Placement]:
-        """The placements that cancellations without `place` made possible; where nothing has happened since the last
-        look at those who wait, they are not looked at again."""
+        """The placements that events and cancellations without `place` made possible; where nothing has happened since
+        the last look at those who wait, they are not looked at again."""
         if now > self._now:
             self._advance(now)
         if self._waiting.empty or not (self._news or not self._policy.overtakes):
