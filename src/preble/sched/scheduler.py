@@ -259,7 +259,8 @@ class GlobalScheduler:
         max_batched_tokens: int | None = None,
         cost: str | CostModel | None = None,
     ) -> int:
-        """One more replica, with an empty cache; returns its number, which was never used before.
+        """One more replica, with an empty cache; returns its number, which was never used before. It may be given
+        requests from now on; to one that is still to be loaded apply `ReplicaDown` at once, and `ReplicaUp` later.
 
         Args:
             capacity_tokens: tokens that its KV pages hold; by default as many as those of the first ones.
