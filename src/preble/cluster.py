@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -31,13 +32,17 @@ if TYPE_CHECKING:
 
     import torch
 
+    from preble.dispatcher import Dispatcher
     from preble.health import ClusterHealth
+    from preble.replica.launch import Launcher
     from preble.sched.hashing import Tokens
     from preble.sched.policies import Policy
 
 LONG_LIST = 20_000
 """Token ids in a list from which it is read in a worker thread, as long texts are: before that it takes half a
 millisecond."""
+STARTED_AT_ONCE = 16
+"""Requests that `generate_many` starts in a turn of the event loop."""
 READERS = 2
 """Prompts read in worker threads at a time. More of them would compete with the event loop for the interpreter, and for
 the threads that the application uses."""
@@ -65,7 +70,8 @@ class Cluster:
         local_order: how a replica serves what waits there: `"hrrn"` (short prompts first, with ageing), `"preble"`
             (groups by the share of the prompt that is cached) or `"fcfs"`.
         workers: `"process"` runs each replica in a process of its own, so that a crash of one harms nobody else;
-            `"thread"` runs them as threads of this process. `"auto"` takes processes on GPUs, threads on the CPU.
+            `"thread"` runs them as threads of this process. `"auto"` takes processes where every replica has a GPU to
+            itself, else threads: those of one device share the weights.
         dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`. `"auto"` takes the checkpoint's own type where the
             device computes in it, else float32.
         attention: how a GPU attends: `"triton"` (our kernels), `"flash-attn"` (the package, where it is installed),
@@ -170,6 +176,21 @@ class Cluster:
     async def __aenter__(self) -> Self:
         if self._state != "new":
             raise ClusterStateError("a cluster is entered once; make a new one")
+        devices, launcher, dispatcher = await anyio.to_thread.run_sync(self._prepare)
+        self._config, self._tokenizer = launcher.config, launcher.tokenizer
+        self._dispatcher = dispatcher()
+        try:
+            await self._dispatcher.add(devices)
+        except BaseException:
+            self._state = "closed"
+            await self._stop()
+            raise
+        self._state = "open"
+        return self
+
+    def _prepare(self) -> tuple[list[torch.device], Launcher, Callable[[], Dispatcher]]:
+        """Everything before the first replica starts that needs no event loop, the imports above all: they take a
+        second."""
         from preble.dispatcher import Dispatcher
         from preble.replica.devices import place_replicas
         from preble.replica.launch import Launcher
@@ -179,14 +200,8 @@ class Cluster:
 
         policy = make_policy(self._policy)
         find_order(self._options.local_order)
-        model = os.fspath(self._model)
-
-        def prepare() -> tuple[list[torch.device], Launcher]:
-            devices = place_replicas(self._replicas, self._devices)
-            return devices, Launcher(model, devices, self._workers, self._options)
-
-        devices, launcher = await anyio.to_thread.run_sync(prepare)
-        self._config, self._tokenizer = launcher.config, launcher.tokenizer
+        devices = place_replicas(self._replicas, self._devices)
+        launcher = Launcher(os.fspath(self._model), devices, self._workers, self._options)
         scheduler = GlobalScheduler(
             replicas=0,
             capacity_tokens=self._options.page_size,
@@ -194,17 +209,8 @@ class Cluster:
             policy=policy,
             seed=self._seed,
         )
-        self._dispatcher = Dispatcher(
-            launcher, scheduler, hang_timeout=self._hang_timeout, restart_timeout=self._restart_timeout
-        )
-        try:
-            await self._dispatcher.add(devices)
-        except BaseException:
-            self._state = "closed"
-            await self._stop()
-            raise
-        self._state = "open"
-        return self
+        times = {"hang_timeout": self._hang_timeout, "restart_timeout": self._restart_timeout}
+        return devices, launcher, partial(Dispatcher, launcher, scheduler, **times)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -391,8 +397,10 @@ class Cluster:
 
         with progress_bar(len(todo), shown=progress) as advance:
             async with anyio.create_task_group() as group:
-                for _ in range(min(len(todo), self._door.limit)):
+                for number in range(min(len(todo), self._door.limit)):
                     group.start_soon(work)
+                    if number % STARTED_AT_ONCE == 0:
+                        await anyio.lowlevel.checkpoint()
         if errors:
             raise errors[0]
         return outputs

@@ -16,6 +16,7 @@ from preble.engine.options import EngineOptions
 from preble.engine.source import EngineSource, parse_bytes
 from preble.errors import DeviceError, InvalidRequest
 from preble.replica.devices import place_replicas
+from preble.replica.launch import Launcher, Workers
 
 
 @pytest.mark.parametrize(
@@ -103,3 +104,29 @@ print(before, during, once, threads())
     before, during, once, in_the_end = map(int, result.stdout.split())
     assert during > before + 1, "the computation was to use a thread of OpenMP"
     assert in_the_end <= once
+
+
+@pytest.mark.parametrize(
+    ("devices", "workers", "in_processes"),
+    [
+        (["cpu", "cpu"], "auto", False),
+        (["cpu"], "process", True),
+        (["cuda:0", "cuda:1"], "auto", True),
+        (["cuda:0", "cuda:1"], "thread", False),
+        (["cuda:0", "cuda:0"], "auto", False),
+        (["cuda:0", "cpu"], "auto", False),
+    ],
+)
+def test_replicas_with_a_gpu_of_their_own_are_processes(
+    llama: Path, devices: list[str], workers: Workers, in_processes: bool
+) -> None:
+    launcher = Launcher(str(llama), [torch.device(name) for name in devices], workers, EngineOptions())
+    launcher.close()
+    assert launcher.in_processes == in_processes
+
+
+def test_processes_on_one_gpu_must_know_their_share_of_it(llama: Path) -> None:
+    shared = [torch.device("cuda:0")] * 2
+    with pytest.raises(InvalidRequest, match="need kv_memory"):
+        Launcher(str(llama), shared, "process", EngineOptions())
+    Launcher(str(llama), shared, "process", EngineOptions(kv_memory="1GiB")).close()

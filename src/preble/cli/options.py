@@ -44,6 +44,13 @@ def add_cluster_arguments(
         "--devices", metavar="NAMES", help="torch devices, by commas (default: every GPU, or the CPU if there is none)"
     )
     group.add_argument(
+        "--workers",
+        choices=("auto", "thread", "process"),
+        default="auto",
+        metavar="KIND",
+        help="how replicas run, one of %(choices)s; auto is processes on GPUs (default: %(default)s)",
+    )
+    group.add_argument(
         "--attention",
         default="auto",
         metavar="NAME",
@@ -108,6 +115,7 @@ def cluster_options(args: argparse.Namespace) -> dict[str, Any]:
         "replicas": args.replicas,
         "devices": [name.strip() for name in args.devices.split(",")] if args.devices else None,
         "policy": args.policy,
+        "workers": args.workers,
         "dtype": args.dtype,
         "page_size": args.page_size,
         "attention": args.attention,

@@ -15,6 +15,7 @@ from preble.engine.engine import Engine
 from preble.engine.messages import Launch
 from preble.engine.options import EngineOptions
 from preble.engine.source import TOKENS_PER_STEP, EngineSource
+from preble.errors import InvalidRequest
 from preble.replica.base import Listener, Replica
 from preble.replica.thread import ThreadReplica
 
@@ -30,7 +31,7 @@ class Launcher:
     Args:
         model: a checkpoint folder, a hub id or `"demo"`.
         devices: of the first replicas, in their order.
-        workers: `"auto"` takes processes where there is a GPU among the devices, threads otherwise.
+        workers: `"auto"` takes processes where every replica has a GPU to itself, threads otherwise.
         options: what the user chose.
 
     Raises:
@@ -39,7 +40,12 @@ class Launcher:
     """
 
     def __init__(self, model: str, devices: Sequence[torch.device], workers: Workers, options: EngineOptions) -> None:
-        self.in_processes = workers == "process" or (workers == "auto" and any(one.type == "cuda" for one in devices))
+        shared = any(device.type == "cuda" and devices.count(device) > 1 for device in devices)
+        if workers == "process" and shared and options.kv_memory is None:
+            # Each would size its pages by what is free while the others still load.
+            raise InvalidRequest("replicas that share a GPU in processes of their own need kv_memory=…; or use threads")
+        alone = not shared and all(device.type == "cuda" for device in devices)
+        self.in_processes = workers == "process" or (workers == "auto" and alone)
         tokens = options.max_batched_tokens or min(TOKENS_PER_STEP[device.type] for device in devices)
         self._model = model
         self.options = replace(options, max_batched_tokens=tokens)

@@ -104,6 +104,7 @@ async def _run_policy(
         devices=["cpu"] if place.toy else ["cuda:0"],
         replicas=2 if place.toy else REPLICAS,
         policy=policy,
+        workers="thread",  # they share the weights and the GPU
         dtype="float32" if place.toy else "bfloat16",
         kv_memory="8MiB" if place.toy else KV_MEMORY,
         max_batched_tokens=256 if place.toy else 2048,
