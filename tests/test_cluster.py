@@ -236,7 +236,7 @@ async def test_an_abort_reaches_the_engine_before_its_next_step(llama: Path) -> 
             report = original()
             computed.append(engine.computed_tokens)
             if len(computed) == 3:
-                replica.send(Abort("mine"))
+                replica.send(Abort(*cluster._dispatcher._branches))
             return report
 
         engine.step = step

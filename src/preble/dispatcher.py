@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
@@ -56,6 +58,8 @@ class Dispatcher:
         self._context_length = launcher.config.context_length
         self._flights: dict[str, Flight] = {}
         self._branches: dict[str, Branch] = {}
+        """By the names that schedulers and replicas know."""
+        self._serials = count(1)
         self._placements: dict[str, int] = {}
         self._draining: set[int] = set()
         self._recoveries: deque[float] = deque(maxlen=RECOVERIES)
@@ -84,16 +88,17 @@ class Dispatcher:
         Raises:
             InvalidRequest: a request of this id is in flight.
         """
-        ids = [branch.request_id for branch in flight.branches]
-        if flight.request_id in self._flights or any(request_id in self._branches for request_id in ids):
+        if flight.request_id in self._flights:
             raise InvalidRequest(f"request_id {flight.request_id!r} is in flight already")
         self._flights[flight.request_id] = flight
-        self._branches.update(zip(ids, flight.branches, strict=True))
         now = time.monotonic()
-        for request_id in ids:
+        for branch in flight.branches:
+            branch.request_id = f"{flight.request_id}#{next(self._serials)}"
+            self._branches[branch.request_id] = branch
+        for branch in flight.branches:
             self._place(
                 self._scheduler.submit(
-                    request_id,
+                    branch.request_id,
                     flight.prompt,
                     now=now,
                     max_tokens=flight.sampling.max_tokens,
@@ -344,7 +349,7 @@ class Dispatcher:
             return
         branch = self._branches[decision.request_id]
         flight = branch.flight
-        branch.placement = branch.placement or decision
+        branch.placement = branch.placement or replace(decision, request_id=flight.request_id)
         branch.replica = decision.replica
         self._placements[decision.reason] = self._placements.get(decision.reason, 0) + 1
         tokens = flight.prompt

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 
 class Branch:
-    """One of a request's `n` continuations; the schedulers know it by `request_id`."""
+    """One of a request's `n` continuations."""
 
     def __init__(self, flight: Flight, index: int) -> None:
         self.flight = flight
         self.index = index
-        self.request_id = flight.request_id if index == 0 else f"{flight.request_id}/{index}"
+        self.request_id = ""
+        """The name under which schedulers and replicas know it, once it is there: never used twice, so that what is
+        still told of an aborted request is not taken for the next one to which the caller gives the same name."""
         self.seed = flight.seed + index
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
