@@ -334,6 +334,16 @@ def test_what_a_busy_fleet_cannot_take_off_a_draining_replica_waits_in_its_turn(
     one.check()
 
 
+def test_a_replica_that_is_announced_before_it_is_loaded_gets_nothing_until_it_is_up() -> None:
+    one = scheduler(0)
+    one.submit("a", PROMPT, now=0.0)
+    number = one.add_replica()
+    assert one.apply(ReplicaDown(number), now=0.0) == []
+    assert one.poll(1.0) == []
+    assert one.submit("b", PROMPT, now=1.0) == Waiting("b", "no replica is up")
+    assert [place.request_id for place in one.apply(ReplicaUp(number), now=2.0)] == ["a", "b"]
+
+
 def all_down(one: GlobalScheduler) -> str:
     for books in one.replicas:
         one.apply(ReplicaDown(books.replica), now=1.0)
