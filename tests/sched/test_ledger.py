@@ -279,7 +279,7 @@ def test_a_request_placed_again_is_load_of_its_new_replica_by_what_it_does_there
 def test_a_request_that_outgrew_its_hint_is_expected_to_go_on() -> None:
     one = scheduler(2)
     submit(one, "a", expected_tokens=2)
-    one.apply(Progressed(0, "a", 20, (5,) * 9), now=0.0)
+    one.apply(Progressed(0, "a", 28, (5,) * 9), now=0.0)
     one.apply(ReplicaDown(0), now=1.0)
     assert one.replicas[1].window_decode_seconds == pytest.approx(0.5)
     one.cancel("a", now=1.0)
