@@ -35,7 +35,7 @@ def do(what: str, parent: worker.Parent) -> None:
     if what == "print":
         print("on stdout")
         print("on stderr, and long:", "x" * 5000, file=sys.stderr)
-        print("without an end", end="")
+        print("y" * 5000, end="")
     if what == "log":
         logging.getLogger("preble.engine").warning("a %s of the engine", "word")
         logging.getLogger("preble.engine").info("too quiet to be sent")

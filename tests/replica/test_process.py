@@ -248,8 +248,9 @@ def test_a_worker_that_cannot_be_started_is_told_of(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("end", [ProcessReplica.stop, ProcessReplica.kill])
 @pytest.mark.parametrize("doing", ["nothing", "hang"])
 def test_it_ends_when_it_shall_and_that_is_no_failure(
-    made: None, end: Callable[[ProcessReplica], None], doing: str
+    made: None, monkeypatch: pytest.MonkeyPatch, end: Callable[[ProcessReplica], None], doing: str
 ) -> None:
+    monkeypatch.setattr(process, "STOP_PATIENCE", 10 * PATIENCE)  # it leaves of its own accord
     with running() as (replica, heard):
         replica.send(Abort(doing))
         if doing == "nothing":
@@ -257,7 +258,7 @@ def test_it_ends_when_it_shall_and_that_is_no_failure(
         end(replica)
         replica.send(submit("too late"))
         end(replica)
-        replica.join()
+        replica._thread.join(PATIENCE)
         assert gone(heard.pid)
         assert heard.rest() == ["ended"]
 
@@ -322,19 +323,21 @@ def test_what_it_logs_is_logged_here(made: None, caplog: pytest.LogCaptureFixtur
 
 
 def test_what_it_prints_is_logged_here_in_lines_of_bounded_length(made: None, caplog: pytest.LogCaptureFixture) -> None:
+    def printed() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records if record.name == "preble.worker"]
+        assert all(line.startswith("replica 3: ") for line in lines)
+        return [line.removeprefix("replica 3: ") for line in lines]
+
     with running() as (replica, heard):
         replica.send(Abort("print"))
         heard.expect("reported")
+        assert "y" * 2000 in printed()  # its line has not ended yet
         replica.stop()
         replica.join()
-    lines = [record.getMessage() for record in caplog.records if record.name == "preble.worker"]
-    texts = [line.removeprefix("replica 3: ") for line in lines]
-    assert all(line.startswith("replica 3: ") for line in lines)
+    texts = printed()
     assert texts[0] == "on stdout"
-    assert texts[1].startswith("on stderr, and long: xxx")
-    assert "".join(texts[1:-1]) == "on stderr, and long: " + "x" * 5000
+    assert "".join(texts[1:]) == "on stderr, and long: " + "x" * 5000 + "y" * 5000
     assert max(map(len, texts)) <= 2000
-    assert texts[-1] == "without an end"
 
 
 # When the parent goes
@@ -392,9 +395,9 @@ def parent(rest: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
             os.close(worker)
 
 
-def ended(pidfd: int) -> bool:
+def ended(pidfd: int, *, patience: float = PATIENCE) -> bool:
     """Whether the process ends; waits for it."""
-    return bool(select.select([pidfd], [], [], PATIENCE)[0])
+    return bool(select.select([pidfd], [], [], patience)[0])
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -406,13 +409,28 @@ def test_a_process_dies_with_a_parent_that_is_killed(stopped: bool) -> None:
         assert ended(worker)
 
 
-@pytest.mark.parametrize(
-    "rest", ["input()", "input(); os._exit(0)", "import asyncio; asyncio.run(asyncio.sleep(0)); input()"]
-)
+def test_a_process_dies_with_its_parent_even_where_a_fork_holds_the_parents_end() -> None:
+    with parent("input()\nif os.fork(): print('forked', flush=True)\ninput()") as (program, worker):
+        assert program.stdin is not None
+        assert program.stdout is not None
+        program.stdin.write("\n")
+        program.stdin.flush()
+        assert program.stdout.readline() == "forked\n"
+        program.kill()
+        assert ended(worker)
+
+
+@pytest.mark.parametrize("rest", ["input()", "import asyncio; asyncio.run(asyncio.sleep(0)); input()"])
 def test_a_program_that_just_ends_leaves_no_process_and_no_noise(rest: str) -> None:
     with parent(rest) as (program, worker):
         assert program.communicate("\n", timeout=PATIENCE) == ("", "")
         assert program.returncode == 0
+        assert ended(worker, patience=0)
+
+
+def test_a_program_that_ends_without_a_word_leaves_no_process() -> None:
+    with parent("input(); os._exit(0)") as (program, worker):
+        assert program.communicate("\n", timeout=PATIENCE) == ("", "")
         assert ended(worker)
 
 

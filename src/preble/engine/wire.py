@@ -27,8 +27,6 @@ from preble.errors import InvalidRequest
 MAX_ITEMS = 1 << 20
 """Entries of one list at most: a payload's few bytes cannot ask for more memory than this needs."""
 
-_LOWEST, _HIGHEST = -(1 << 63), (1 << 63) - 1
-
 T = TypeVar("T")
 
 
@@ -134,15 +132,13 @@ def _scalar(value: object) -> object:
 
 
 def _presentable(packed: Any) -> Any:
-    """`packed` with what msgpack cannot hold replaced by what means the same to an engine.
+    """`packed` with the halves of surrogate pairs replaced, which msgpack cannot hold.
 
-    An integer beyond 64 bits is a limit that nothing reaches, or a priority that nothing exceeds. Half a surrogate
-    pair occurs in no text that a model generates, and in a log line it is shown as what it is: not a character.
+    They occur in no text that a model generates, so as a stop string they are never met; and in a log line, where they
+    stand for a file name's odd bytes, they are shown as what they are: no characters.
     """
     if isinstance(packed, (list, tuple)):
         return [_presentable(one) for one in packed]
-    if isinstance(packed, int) and not isinstance(packed, bool):
-        return min(max(packed, _LOWEST), _HIGHEST)
     if isinstance(packed, str):
         return packed.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return packed
@@ -163,7 +159,7 @@ class _Direction(Generic[T]):
         packed = self._pack(messages)
         try:
             payload = self._encoder.encode(packed)
-        except (OverflowError, UnicodeEncodeError):
+        except UnicodeEncodeError:
             payload = self._encoder.encode(_presentable(packed))
         if len(payload) <= MAX_FRAME and len(messages) <= MAX_ITEMS:
             return [payload]
@@ -175,7 +171,7 @@ class _Direction(Generic[T]):
     def decode(self, payload: bytes) -> list[T]:
         try:
             messages: list[T] = self._unpack(self._decoder.decode(payload))
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, InvalidRequest) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, InvalidRequest) as error:
             raise FrameError(f"a frame holds no message: {error}") from error
         return messages
 

@@ -234,4 +234,4 @@ def _end_with_the_interpreter() -> None:
     for replica in list(_living):
         replica.kill()
     for replica in list(_living):
-        replica._thread.join(EXIT_PATIENCE)  # not for ever: a driver may hold on to a process that was killed
+        replica._thread.join(STOP_PATIENCE)  # not for ever: a driver may hold on to a process that was killed
