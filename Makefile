@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # A process per core, up to four, each of which takes the next test as soon as it has ended one. `JOBS=0`: no processes.
 JOBS ?= auto
-PARALLEL := --numprocesses $(JOBS) --maxprocesses 4 --dist loadgroup
+PARALLEL := --numprocesses $(JOBS) --maxprocesses 4
 
-.PHONY: help install demo test test-long lint bench bench-sched bench-fidelity bench-sim clean
+.PHONY: help install demo test test-long lint bench bench-sched bench-fidelity bench-sim bench-workers clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make bench           the engine against transformers (and llama.cpp where it is installed)"
 	@echo "make bench-sched     the scheduler by itself (beside Dynamo's and Ray's where PEER_PYTHON has them)"
 	@echo "make bench-fidelity  the simulator against a real run of the CPU engine, on an idle machine"
+	@echo "make bench-workers   worker processes against threads on the CPU, on an idle machine"
 	@echo "make bench-sim       the policies against each other in simulation (GRID=quick, full or paper; TRACES=files)"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -54,6 +55,9 @@ bench-sim: $(INSTALLED)
 
 bench-fidelity: $(INSTALLED)
 	$(BIN)/python -m preble bench fidelity --json bench-results/fidelity.json
+
+bench-workers: $(INSTALLED)
+	$(BIN)/python -m preble bench workers --json bench-results/workers.json
 
 clean:
 	rm -rf $(VENV) bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

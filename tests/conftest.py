@@ -8,6 +8,7 @@ import os
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # One thread computes these tiny models fastest. Where a test lets torch use more, they must not spin for the cores that
 # another test run needs. OpenMP reads both when torch is imported.
@@ -42,6 +43,25 @@ def pytest_collection_finish() -> None:
         if not module.name.endswith(".__main__"):
             with contextlib.suppress(ModuleNotFoundError):  # a peer to measure against
                 importlib.import_module(module.name)
+
+
+TOGETHER = {"tests/kernels/test_ahead.py"}
+"""Files that one process takes whole, before all others: their tests share what takes minutes to make."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `pytest --numprocesses`. The mark `xdist_group` would do, but pytest 9.2 broke it (pytest-xdist #1386)."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file in TOGETHER else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(params=["asyncio", "trio"])

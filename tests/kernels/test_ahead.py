@@ -21,9 +21,6 @@ from preble.kernels.architecture import SM_80, SM_90
 from preble.kernels.launch import recorded_launches
 from preble.kernels.variants import pairwise, variants
 
-pytestmark = pytest.mark.xdist_group("compiled ahead")
-"""What is compiled once is checked by many; among the first tests, as two more processes work for minutes."""
-
 CACHE_OF_TRITON = "triton_cache"
 ATTENTION = {"paged_decode_kernel", "_paged_extend", "shared_prefix_kernel"}
 
