@@ -41,7 +41,10 @@ def check_name(name: str, value: object) -> None:
 
 def is_long(prompt: object, length: int) -> bool:
     """Whether reading this prompt takes as long as that of a list of `length` token ids; an array is soon read."""
-    return isinstance(prompt, Sequence) and len(prompt) >= length
+    try:
+        return isinstance(prompt, Sequence) and len(prompt) >= length
+    except Exception:  # a sequence of somebody's own: whoever reads it says what is wrong with it
+        return False
 
 
 def prompt_tokens(prompt: object) -> Tokens:

@@ -25,6 +25,8 @@ _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "m
 _FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MAX_HEADER = 32 << 20
 """Bytes of a safetensors header: some 300,000 tensors. Published files have a thirtieth of that."""
+_SHOWN = 500
+"""Characters of the words of others in an error."""
 _NAMED = 5
 """How many of the wrong tensors an error names."""
 
@@ -205,7 +207,7 @@ class Checkpoint:
         except torch.OutOfMemoryError:
             raise
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{name} cannot be read from {entry.file}: {error}") from error
+            raise CheckpointError(f"{name} cannot be read from {entry.file}: {error!s:.{_SHOWN}}") from error
         # The format does not align tensors; kernels that load whole vectors expect it.
         return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
@@ -214,7 +216,7 @@ def _read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
     from safetensors import SafetensorError, safe_open
 
     def corrupt(why: object) -> CheckpointError:
-        return CheckpointError(f"{path} is cut short, corrupt or not a safetensors file: {why}")
+        return CheckpointError(f"{path} is cut short, corrupt or not a safetensors file: {why!s:.{_SHOWN}}")
 
     try:
         with path.open("rb") as file:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from preble.engine.json_fields import JsonFields, read_json
 from preble.engine.pieces import TokenPieces
 from preble.engine.rust_panics import panics_as
-from preble.errors import CheckpointError, InvalidRequest, UnknownOption, UnsupportedModel, shown
+from preble.errors import CheckpointError, InvalidRequest, PrebleError, UnknownOption, UnsupportedModel, shown
 
 _NOT_FOR_TEMPLATES = frozenset(
     {
@@ -34,7 +34,7 @@ _NOT_FOR_TEMPLATES = frozenset(
 _LONGEST_FILES = {".json": 128 << 20, ".model": 64 << 20, ".txt": 64 << 20, ".jinja": 1 << 20}
 """Bytes of a file of that kind. The largest published vocabularies take 34 MB."""
 _LONGEST_REASON = 500
-"""Characters of a template's own words in an error."""
+"""Characters of the words of others in an error."""
 LONG = 2_000
 """Characters, or tokens, from which tokenizing lets other threads run meanwhile. It takes about a millisecond then."""
 
@@ -105,7 +105,14 @@ class Tokenizer:
             raise InvalidRequest(
                 f"{self.folder} has no chat template: add its chat_template.jinja, or give the prompt as text"
             )
-        conversation = _conversation(messages)
+        if tools is not None and (not isinstance(tools, Sequence) or isinstance(tools, str | bytes)):
+            raise InvalidRequest(f"tools must be a sequence of descriptions, not {type(tools).__name__}")
+        try:
+            conversation = _conversation(messages)
+        except PrebleError:
+            raise
+        except Exception as error:  # whatever a mapping of somebody's own raises
+            raise InvalidRequest(f"messages cannot be read: {shown(error)}") from error
         variables.setdefault("add_generation_prompt", not continue_final_message)
         # Not at the top: what it needs of transformers takes longer to import than most of Preble.
         from preble.engine.chat_template import render_chat
@@ -185,7 +192,9 @@ def _load(folder: Path) -> Any:
             if (folder / name).exists() and "AutoTokenizer" in (read_json(folder / name).get("auto_map") or ()):
                 return UnsupportedModel(f"{folder / name} names a tokenizer in code of its own, which is not run")
         present = [name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).exists()]
-        return CheckpointError(f"{folder / (present or ['tokenizer.json'])[0]} cannot be loaded: {why}")
+        return CheckpointError(
+            f"{folder / (present or ['tokenizer.json'])[0]} cannot be loaded: {why!s:.{_LONGEST_REASON}}"
+        )
 
     try:
         with panics_as(unloadable):
