@@ -85,6 +85,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert not loaded_after("import preble; preble.SamplingParams(); preble.Cluster") & {
         "torch",
         "numpy",
+        "msgspec",
         "transformers",
         "rich",
     }

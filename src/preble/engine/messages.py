@@ -58,7 +58,7 @@ class Launch:
     """The first thing that a worker process is told: which engine it shall be."""
 
     model: str
-    """A checkpoint folder, a hub id or `"demo"`."""
+    """A checkpoint folder, or what else `EngineSource` takes."""
     replica: int
     device: str
     sharing: int

@@ -69,9 +69,10 @@ class EngineSource:
         self._loads: dict[torch.device, ModelLoad] = {}
         self._lock = threading.Lock()
         with ExitStack() as scope:
-            self._folder = scope.enter_context(_checkpoint_folder(model))
-            self.config = ModelConfig.from_folder(self._folder)
-            self.tokenizer = Tokenizer(self._folder)
+            self.folder = scope.enter_context(_checkpoint_folder(model)).absolute()
+            """Where the checkpoint lies, until `close`."""
+            self.config = ModelConfig.from_folder(self.folder)
+            self.tokenizer = Tokenizer(self.folder)
             self._scope = scope.pop_all()
 
     def __enter__(self) -> Self:
@@ -138,7 +139,7 @@ class EngineSource:
             if options.kv_dtype != "auto":
                 raise InvalidRequest(f"kv_dtype must be 'auto' on the CPU, not {options.kv_dtype!r}")
             return HostLoad(
-                self._folder,
+                self.folder,
                 replicas=replicas,
                 dtype=options.dtype,
                 page_size=options.page_size,
@@ -152,7 +153,7 @@ class EngineSource:
         from preble.engine.device.build import DeviceLoad, DeviceOptions
 
         return DeviceLoad(
-            self._folder,
+            self.folder,
             device=device,
             replicas=replicas,
             dtype=options.dtype,

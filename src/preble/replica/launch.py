@@ -47,7 +47,6 @@ class Launcher:
         alone = not shared and all(device.type == "cuda" for device in devices)
         self.in_processes = workers == "process" or (workers == "auto" and alone)
         tokens = options.max_batched_tokens or min(TOKENS_PER_STEP[device.type] for device in devices)
-        self._model = model
         self.options = replace(options, max_batched_tokens=tokens)
         self._devices = list(devices)
         self._torch_threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
@@ -69,7 +68,8 @@ class Launcher:
             from preble.replica.process import ProcessReplica
 
             launch = Launch(
-                model=self._model,
+                # Looked up once, so that neither the working directory nor the hub matters to a restart.
+                model=str(self._source.folder),
                 replica=number,
                 device=str(device),
                 sharing=sharing,
