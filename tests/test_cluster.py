@@ -64,7 +64,7 @@ async def test_three_lines_are_enough(llama: Path) -> None:
 
 async def test_an_output_says_what_happened(llama: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    async with serving(llama) as cluster:
+    async with serving(llama, policy="prefix-affinity") as cluster:  # e2 goes by how long steps take
         output = await cluster.generate(PROMPT, max_tokens=12, temperature=0, ignore_eos=True)
         again = await cluster.generate(PROMPT, max_tokens=12, temperature=0, ignore_eos=True)
     assert output.usage.prompt_tokens == len(tokenizer(PROMPT)["input_ids"])
@@ -127,7 +127,7 @@ async def test_generate_many_raises_the_first_error_or_hands_it_over(llama: Path
 async def test_chat_uses_the_checkpoints_template_and_reuses_the_history(llama: Path) -> None:
     messages = [{"role": "user", "content": PROMPT}]
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    async with serving(llama) as cluster:
+    async with serving(llama, policy="prefix-affinity") as cluster:  # e2 goes by how long steps take
         first = await cluster.chat(messages, max_tokens=40, temperature=0, ignore_eos=True)
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert first.usage.prompt_tokens == len(expected)
