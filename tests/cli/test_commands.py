@@ -62,6 +62,7 @@ def test_the_commands_are_those_of_the_documentation() -> None:
             " bench gpu",
             " bench sched",
             " bench sim",
+            " bench workers",
         )
     }
 
@@ -82,6 +83,7 @@ def test_the_commands_are_those_of_the_documentation() -> None:
         "bench gpu",
         "bench sched",
         "bench sim",
+        "bench workers",
     ],
 )
 def test_help_says_what_everything_means(name: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ SUITES = {
     "gpu": ("preble.bench.gpu.suite", "the kernels, the engine and the cluster on a GPU"),
     "fidelity": ("preble.bench.fidelity.suite", "the simulator against a real run of the CPU engine"),
     "sim": ("preble.bench.sim.suite", "policies against each other, in simulation"),
+    "workers": ("preble.bench.workers.suite", "worker processes against threads, on the CPU"),
 }
 """Name -> module with `add_arguments` and `run`, and what it measures."""
 
