@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -176,6 +178,7 @@ class Cluster:
     async def __aenter__(self) -> Self:
         if self._state != "new":
             raise ClusterStateError("a cluster is entered once; make a new one")
+        self._thread, self._loop = threading.get_ident(), anyio.lowlevel.current_token()
         devices, launcher, dispatcher = await anyio.to_thread.run_sync(self._prepare)
         self._config, self._tokenizer = launcher.config, launcher.tokenizer
         self._dispatcher = dispatcher()
@@ -220,10 +223,13 @@ class Cluster:
 
     async def shutdown(self, timeout: float | None = None) -> None:
         """Take no more requests, and wait until those in flight have ended; for `timeout` seconds at most, after which
-        the rest fail with `ClusterStateError`. To be called inside the cluster's block, as its last act."""
+        the rest fail with `ClusterStateError`, as those do that still wait for their turn. A cluster that is paused
+        goes on for that. To be called inside the cluster's block, as its last act."""
         self._must_be_open()
+        _check_patience(timeout)
         self._state = "closed"
         with anyio.move_on_after(timeout):
+            await self._dispatcher.pause(False)
             await self._dispatcher.finish()
         await self._stop()
 
@@ -468,9 +474,10 @@ class Cluster:
                 tokens delivered.
 
         Raises:
-            InvalidRequest: there is no such replica, or it is the last one.
+            InvalidRequest: there is no such replica, or no other takes requests.
         """
         self._must_be_open()
+        _check_patience(timeout)
         await self._dispatcher.remove(replica, timeout)
 
     async def reset_prefix_cache(self) -> None:
@@ -496,6 +503,20 @@ class Cluster:
             raise ClusterStateError("enter the cluster first: `async with preble.Cluster(…) as cluster:`")
         if self._state == "closed":
             raise ClusterStateError("the cluster was left; requests are served only inside its `async with` block")
+        if not self._is_at_home():
+            raise ClusterStateError(
+                "the cluster was entered in another event loop or thread, and belongs there. Call asyncio.run once, "
+                "around the `async with` block and all that uses the cluster; from threads, go through "
+                "anyio.from_thread.run or asyncio.run_coroutine_threadsafe"
+            )
+
+    def _is_at_home(self) -> bool:
+        if threading.get_ident() != self._thread:
+            return False
+        try:
+            return anyio.lowlevel.current_token() == self._loop
+        except RuntimeError:  # no loop runs here now, as between two calls of `run_until_complete`
+            return True
 
     def _stream_prompt(
         self,
@@ -615,3 +636,10 @@ class Cluster:
         if low < 0 or high >= config.vocabulary_size:
             wrong = low if low < 0 else high
             raise InvalidRequest(f"token id {wrong} is not in the vocabulary (0 to {config.vocabulary_size - 1})")
+
+
+def _check_patience(timeout: float | None) -> None:
+    if timeout is not None and (
+        isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or math.isnan(timeout) or timeout < 0
+    ):
+        raise InvalidRequest(f"timeout must be a number of seconds from 0, not {timeout!r}")

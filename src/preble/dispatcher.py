@@ -69,10 +69,10 @@ class Dispatcher:
         self._refilling = False
         """Whether `_refill` is about to be called."""
         self._restart_timeout = restart_timeout
-        self._down_since = float("-inf")
-        """When the last replica that was up went down."""
+        self._nobody_since = float("-inf")
+        """When the last replica that took requests went down or began to drain."""
         self._idle = anyio.Event()
-        """Set when a request ends, for those who wait until some are over."""
+        """Set when a request ends, or one of its continuations, for those who wait until some are over."""
         self.roster = Roster(launcher, self, self._call_soon, hang_timeout=hang_timeout, start_timeout=restart_timeout)
 
     @property
@@ -180,7 +180,10 @@ class Dispatcher:
     async def drain(self, number: int) -> None:
         """Give a replica nothing more, move what waits there, and wait until it is done with what it works on."""
         self._known(number)
+        taking = self._anybody_takes_requests
         self._draining.add(number)
+        if taking and not self._anybody_takes_requests:
+            self._nobody_since = time.monotonic()
         self._move(number, self._scheduler.drain(number, now=time.monotonic()))
         while number in self._draining and self._scheduler.in_flight(number):
             await self._something_ends()
@@ -188,8 +191,10 @@ class Dispatcher:
     async def remove(self, number: int, timeout: float | None) -> None:
         """Drain a replica and end it. What it still has after `timeout` seconds goes on elsewhere."""
         self._known(number)
-        if len(self.roster.numbers) == 1:
-            raise InvalidRequest(f"replica {number} is the last one; leave the cluster instead, or add another first")
+        if not set(self.roster.numbers) - self._draining - {number}:
+            raise InvalidRequest(
+                f"replica {number} is the last one that takes requests; leave the cluster instead, or add another first"
+            )
         with anyio.move_on_after(timeout):
             await self.drain(number)
         if number not in self.roster.numbers:
@@ -197,6 +202,7 @@ class Dispatcher:
         life = self.roster.dismiss(number)
         self._draining.discard(number)
         self._move(number, self._scheduler.remove_replica(number, now=time.monotonic()))
+        self._idle.set()
         if life is not None:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(life.join)
@@ -243,14 +249,16 @@ class Dispatcher:
                 branch.lost = None
             branch.take(delta, now)
             flight.took(now)
+            if branch.finish_reason is not None:
+                self._idle.set()
             if flight.done:
                 self._forget(flight)
 
     def replica_down(self, number: int, cause: BaseException) -> None:
         """A replica is gone. Its requests go on elsewhere, from the tokens delivered, unless they are suspected."""
         now = time.monotonic()
-        if not self.roster.serves():
-            self._down_since = now
+        if not self._anybody_takes_requests:
+            self._nobody_since = now
         placements = self._scheduler.apply(ReplicaDown(number), now=now)
         suspects = []
         for branch in self._branches.values():
@@ -279,15 +287,17 @@ class Dispatcher:
         return bool(self._scheduler.in_flight(number))
 
     def time_passed(self, now: float) -> None:
-        """Requests do not wait for ever for a replica to come back."""
-        if self.roster.serves():
+        """Requests do not wait for ever for a replica that takes them."""
+        if self._anybody_takes_requests:
             return
+        others = "those that are up drain, and no other" if self.roster.serving else "no replica"
         for flight in list(self._flights.values()):
-            if now - max(flight.submitted, self._down_since) >= self._restart_timeout:
+            waits = any(branch.replica is None and branch.finish_reason is None for branch in flight.branches)
+            if waits and now - max(flight.submitted, self._nobody_since) >= self._restart_timeout:
                 self.end(
                     flight,
                     ReplicaCrashed(
-                        f"request {flight.request_id!r}: no replica came up within {self._restart_timeout:g} s; "
+                        f"request {flight.request_id!r}: {others} came up within {self._restart_timeout:g} s; "
                         f"the last failure was {self.roster.last_error()}"
                     ),
                 )
@@ -302,8 +312,12 @@ class Dispatcher:
             # The loop ended without leaving the cluster: nobody is there to be told.
             self.roster.abandon()
 
+    @property
+    def _anybody_takes_requests(self) -> bool:
+        return not self._draining.issuperset(self.roster.serving)
+
     def _known(self, number: int) -> None:
-        if number not in self.roster.numbers:
+        if type(number) is not int or number not in self.roster.numbers:
             here = ", ".join(map(str, self.roster.numbers))
             raise InvalidRequest(f"there is no replica {number!r}; there are: {here}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-ReplicaState: TypeAlias = Literal["starting", "probing", "serving", "draining", "restarting", "broken"]
+ReplicaState: TypeAlias = Literal["probing", "serving", "draining", "restarting", "broken"]
 """`probing`: started again, and answering a request of the cluster's own before any other; `restarting`: failed, and to
 be started again soon; `broken`: failed several times in a row, and tried again now and then."""
 
@@ -18,7 +18,7 @@ class ReplicaHealth:
     device: str
     state: ReplicaState
     seconds: float
-    """For how long it has been in this state."""
+    """For how long it has been in this state; draining is part of serving."""
     process_id: int | None
     """Of the process that it has to itself, `None` for a thread."""
     in_flight: int

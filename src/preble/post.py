@@ -54,8 +54,6 @@ class Post:
             return "broken"
         if cycle.state == "serving":
             return "draining" if draining else "serving"
-        if cycle.state == "starting" and cycle.restarts == 0:
-            return "starting"
         return "probing" if cycle.state == "probing" else "restarting"
 
     def health(self, now: float, *, in_flight: int, draining: bool) -> ReplicaHealth:

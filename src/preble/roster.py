@@ -129,6 +129,7 @@ class Roster:
                 admit({post.number: post.ready for post in posts if post.ready is not None})
                 for post in posts:
                     post.enlisted = True
+                    self._pause_newcomer(post)
             except BaseException:
                 for post in posts:
                     self.dismiss(post.number)
@@ -208,9 +209,10 @@ class Roster:
         """Every replica as of its last step."""
         return [post.stats for post in self._posts.values() if post.enlisted and post.stats is not None]
 
-    def serves(self) -> bool:
-        """Whether any replica is up."""
-        return any(post.lifecycle.state == "serving" for post in self._posts.values() if post.enlisted)
+    @property
+    def serving(self) -> list[int]:
+        """The replicas that are up."""
+        return [post.number for post in self._posts.values() if post.enlisted and post.lifecycle.state == "serving"]
 
     def last_error(self) -> str:
         """Of the failures that replicas are down for, the latest one's cause."""
@@ -268,7 +270,6 @@ class Roster:
             self.send(post.number, _probe())
             return
         post.ready, post.pages = ready, ready.pages
-        self._pause_newcomer(post)
         here = self._enlistment
         if here is not None and all(one.ready is not None for one in here.posts):
             here.settled.set()
