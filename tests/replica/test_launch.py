@@ -69,7 +69,7 @@ def test_engines_on_a_device_share_one_copy_of_the_weights(llama: Path) -> None:
 
 def test_the_built_in_models_files_are_gone_afterwards() -> None:
     with EngineSource("demo", EngineOptions()) as source:
-        folder = source.tokenizer.folder
+        folder = source.folder
         assert folder.is_dir()
     assert not folder.exists()
 

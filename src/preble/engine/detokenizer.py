@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from preble.engine.pieces import TokenPieces
-    from preble.engine.tokenizer import Tokenizer
+    from preble.engine.token_text import TokenText
 
 _CONTEXT = 8
 """Tokens decoded before the new ones where a token's text depends on its neighbours."""
@@ -31,7 +31,7 @@ class Detokenizer:
 
     __slots__ = ("_text",)
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: TokenText) -> None:
         self._text = _Neighbours(tokenizer) if tokenizer.pieces is None else _Bytes(tokenizer.pieces)
 
     def append(self, token_ids: Iterable[int]) -> str:
@@ -74,7 +74,7 @@ class _Neighbours:
 
     __slots__ = ("_context", "_pending", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: TokenText) -> None:
         self._tokenizer = tokenizer
         self._context: list[int] = []
         self._pending: list[int] = []

@@ -17,7 +17,7 @@ from preble.sched.sequence import Sequence
 from preble.sched.step_plan import StepPlan
 
 if TYPE_CHECKING:
-    from preble.engine.tokenizer import Tokenizer
+    from preble.engine.token_text import TokenText
 
 RATE_WINDOW = 10.0
 """Seconds over which `tokens_per_second` is averaged."""
@@ -54,7 +54,7 @@ class Engine:
     def __init__(
         self,
         runner: Runner,
-        tokenizer: Tokenizer,
+        tokenizer: TokenText,
         *,
         replica: int = 0,
         max_batched_tokens: int,
@@ -76,7 +76,8 @@ class Engine:
         self._replica = replica
         self._flights: deque[Flight] = deque()
         """Steps whose results are not read yet, the oldest first."""
-        self._paused = False
+        self.paused = False
+        """Whether it was told to take no steps."""
         self._taken = 0
         self._landed = 0.0
         """`time.monotonic()` when the last result was read."""
@@ -86,7 +87,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would compute something or read a result."""
-        if self._paused:
+        if self.paused:
             return bool(self._flights)
         return bool(self.scheduler.running or self.scheduler.waiting or self._flights)
 
@@ -102,7 +103,7 @@ class Engine:
         elif isinstance(command, Abort):
             self.abort(command.request_id)
         elif isinstance(command, Pause):
-            self._paused = command.paused
+            self.paused = command.paused
         else:
             self.scheduler.reset_prefix_cache()
 
@@ -133,7 +134,7 @@ class Engine:
         """Launch a step, and report those whose results are due. With neither, reports what commands left to tell."""
         began = time.monotonic()
         self.scheduler.expire(began)
-        plan = None if self._paused else self.scheduler.plan(now=began)
+        plan = None if self.paused else self.scheduler.plan(now=began)
         if plan is not None:
             self._flights.append(Flight(plan, self._runner.launch(plan), began))
             self.computed_tokens += plan.tokens
@@ -148,6 +149,10 @@ class Engine:
             self._landed = now
         events = [*self.scheduler.take_events(), *timings]
         return StepReport(self._replica, self.stats(), deltas, events, self._taken)
+
+    def received(self) -> StepReport:
+        """That all commands so far have arrived; reports no step."""
+        return StepReport(self._replica, self.stats(), taken=self._taken)
 
     def stats(self) -> ReplicaStats:
         """The replica as it is between two steps."""

@@ -13,7 +13,7 @@ from preble.sched.sequence import Sequence
 
 if TYPE_CHECKING:
     from preble.engine.config import ModelConfig
-    from preble.engine.tokenizer import Tokenizer
+    from preble.engine.token_text import TokenText
 
 
 class Generation:
@@ -21,7 +21,7 @@ class Generation:
 
     __slots__ = ("_detokenizer", "_matcher", "_params", "_stop_tokens", "sampling", "started")
 
-    def __init__(self, request: Submit, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    def __init__(self, request: Submit, tokenizer: TokenText, config: ModelConfig) -> None:
         params = request.sampling
         prompt, delivered = request.token_ids[: request.prompt_length], request.token_ids[request.prompt_length :]
         self.started: float | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from preble.engine.options import EngineOptions
+from preble.engine.token_text import TokenTextState
 from preble.outputs import FinishReason, ReplicaStats, TokenLogprob
 from preble.sampling import SamplingParams
 from preble.sched.events import Event
@@ -67,6 +68,8 @@ class Launch:
     options: EngineOptions
     pages: int | None = None
     """KV pages, where they are known from an earlier life of the replica; otherwise as many as fit."""
+    text: TokenTextState | None = None
+    """What it decodes with; otherwise it loads the checkpoint's tokenizer."""
     log_level: int = 30
     """Records of the logger `preble` from this level on are sent to the parent."""
 
@@ -90,7 +93,7 @@ class Delta:
 
 @dataclass(slots=True)
 class StepReport:
-    """Everything one step of a replica tells the cluster."""
+    """Everything one step of a replica tells the cluster; one without deltas and events says that requests arrived."""
 
     replica: int
     stats: ReplicaStats

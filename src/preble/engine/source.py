@@ -22,6 +22,7 @@ from preble.engine.engine import Engine
 from preble.engine.host_load import HostLoad
 from preble.engine.options import EngineOptions
 from preble.engine.runner import Runner
+from preble.engine.token_text import RestoredTokenText, TokenText, TokenTextState
 from preble.engine.tokenizer import Tokenizer
 from preble.errors import DeviceError, InvalidRequest
 
@@ -56,13 +57,14 @@ class EngineSource:
     Args:
         model: a folder, a hub id or `"demo"`.
         options: what the user chose.
+        text: what engines decode with; by default the checkpoint's tokenizer.
 
     Raises:
         CheckpointError: there is no such model, or its config or tokenizer cannot be read.
         InvalidRequest: an option means nothing.
     """
 
-    def __init__(self, model: str, options: EngineOptions) -> None:
+    def __init__(self, model: str, options: EngineOptions, text: TokenTextState | None = None) -> None:
         self._model = model
         self._options = options
         self._kv_bytes = None if options.kv_memory is None else parse_bytes(options.kv_memory)
@@ -72,7 +74,7 @@ class EngineSource:
             self.folder = scope.enter_context(_checkpoint_folder(model)).absolute()
             """Where the checkpoint lies, until `close`."""
             self.config = ModelConfig.from_folder(self.folder)
-            self.tokenizer = Tokenizer(self.folder)
+            self.text: TokenText = Tokenizer(self.folder) if text is None else RestoredTokenText(text)
             self._scope = scope.pop_all()
 
     def __enter__(self) -> Self:
@@ -109,7 +111,7 @@ class EngineSource:
                 load = self._loads[where] = self._load(where, sharing, tokens)
         return Engine(
             load.runner(load.pages if pages is None else pages),
-            self.tokenizer,
+            self.text,
             replica=number,
             max_batched_tokens=tokens,
             max_running=self._options.max_running,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from preble.engine.json_fields import JsonFields, read_json
 from preble.engine.pieces import TokenPieces
 from preble.engine.rust_panics import panics_as
+from preble.engine.token_text import TokenTextState
 from preble.errors import CheckpointError, InvalidRequest, PrebleError, UnknownOption, UnsupportedModel, shown
 
 _NOT_FOR_TEMPLATES = frozenset(
@@ -37,6 +38,9 @@ _LONGEST_REASON = 500
 """Characters of the words of others in an error."""
 LONG = 2_000
 """Characters, or tokens, from which tokenizing lets other threads run meanwhile. It takes about a millisecond then."""
+
+_LONGEST_STATE = 1 << 24
+"""Characters of a tokenizer that is sent to workers; in UTF-8 they fit a frame."""
 
 
 class Tokenizer:
@@ -144,6 +148,18 @@ class Tokenizer:
             return str(self._backend.decode_batch([ids], skip_special_tokens=True)[0])
         with self._lock:
             return str(self._hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def text_state(self) -> TokenTextState | None:
+        """What a worker process decodes with; `None` where it has to load the tokenizer itself."""
+        if self._backend is None:
+            return None
+        try:
+            state = str(self._backend.to_str())
+        except Exception:  # parts written in Python cannot be told
+            return None
+        if len(state) > _LONGEST_STATE:
+            return None
+        return TokenTextState(state, tuple(sorted(self.eos_token_ids)), tuple(sorted(self.special_token_ids)))
 
     def is_quick(self, text: str) -> bool:
         """Whether `encode` takes a millisecond or so for this text, and waits for no other thread's."""

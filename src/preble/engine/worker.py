@@ -138,7 +138,7 @@ def _serve(launch: Launch, parent: Parent) -> None:
     from preble.engine.source import EngineSource
 
     torch.set_num_threads(launch.torch_threads)
-    with EngineSource(launch.model, launch.options) as source:
+    with EngineSource(launch.model, launch.options, launch.text) as source:
         engine = source.engine(launch.replica, launch.device, sharing=launch.sharing, pages=launch.pages)
     parent.send(engine.ready())
     serve(engine, parent.take, parent.send)

@@ -15,6 +15,7 @@ from preble.engine.engine import Engine
 from preble.engine.messages import Launch
 from preble.engine.options import EngineOptions
 from preble.engine.source import TOKENS_PER_STEP, EngineSource
+from preble.engine.tokenizer import Tokenizer
 from preble.errors import InvalidRequest
 from preble.replica.base import Listener, Replica
 from preble.replica.thread import ThreadReplica
@@ -51,7 +52,9 @@ class Launcher:
         self._devices = list(devices)
         self._torch_threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
         self._source = in_a_thread_of_its_own(EngineSource, model, self.options)
-        self.tokenizer = self._source.tokenizer
+        assert isinstance(self._source.text, Tokenizer)
+        self.tokenizer = self._source.text
+        self._text = self.tokenizer.text_state() if self.in_processes else None
         self.config = self._source.config
 
     def start(self, number: int, device: torch.device, pages: int | None, listener: Listener) -> Replica:
@@ -76,6 +79,7 @@ class Launcher:
                 torch_threads=self._torch_threads,
                 options=self.options,
                 pages=pages,
+                text=self._text,
                 log_level=logging.getLogger("preble").getEffectiveLevel(),
             )
             return ProcessReplica(launch, listener)
