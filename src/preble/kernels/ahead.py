@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -295,9 +296,10 @@ def _compile_task(task: _Task, full: bool) -> Compilation:
     )  # fmt: skip
 
 
-def _variants(module: str, full: bool) -> Iterable[Variant]:
-    found: Iterable[Variant] = importlib.import_module(module).variants(full)
-    return found
+@cache
+def _variants(module: str, full: bool) -> Sequence[Variant]:
+    """Listed once in a process: to find the pairs of options takes as long as a tenth of compiling a kernel."""
+    return tuple(importlib.import_module(module).variants(full))
 
 
 def check(
