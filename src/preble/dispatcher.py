@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 CRASHES = 2
 """A request that was on so many replicas when they failed is suspected to be the cause, and fails itself."""
+LOSSES = 8
+"""… and so is one that was on so many, or on the way to them: a replica that fails together with another, and is not
+known to have, is given what the other one leaves, and never takes it in."""
 
 RECOVERIES = 1_000
 """How many of the latest recoveries `stats` tells of."""
@@ -264,14 +267,16 @@ class Dispatcher:
         for branch in self._branches.values():
             if branch.replica == number and branch.finish_reason is None:
                 branch.replica = None
-                branch.crashes += 1
+                branch.crashes += branch.command <= self.roster.taken(number)
+                branch.losses += 1
                 branch.lost = now if branch.lost is None else branch.lost
-                if branch.crashes >= CRASHES:
-                    suspects.append(branch.flight)
-        for flight in suspects:
+                if branch.crashes >= CRASHES or branch.losses >= LOSSES:
+                    suspects.append(branch)
+        for branch in suspects:
+            flight = branch.flight
             error = ReplicaCrashed(
-                f"request {flight.request_id!r} was on {CRASHES} replicas when they failed and may be the cause; the "
-                f"last was replica {number}: {type(cause).__name__}: {cause}"
+                f"request {flight.request_id!r} was on {branch.losses} replicas when they failed and may be the cause; "
+                f"the last was replica {number}: {type(cause).__name__}: {cause}"
             )
             error.__cause__ = cause
             self.end(flight, error)
@@ -369,7 +374,7 @@ class Dispatcher:
         tokens = flight.prompt
         if branch.token_ids:  # it comes from another replica
             tokens = np.concatenate([tokens, np.array(branch.token_ids, np.int32)])
-        self.roster.send(
+        branch.command = self.roster.send(
             decision.replica,
             Submit(
                 request_id=branch.request_id,

@@ -35,8 +35,12 @@ class Branch:
         """The first one; a request moves only when its replica is lost."""
         self.replica: int | None = None
         """Where it runs now."""
+        self.command = 0
+        """The number of the command that handed it over, in the life of its replica."""
         self.crashes = 0
-        """Replicas that were lost while running this request."""
+        """Replicas that failed after they had received this request, and before it ended."""
+        self.losses = 0
+        """… and those that failed while it was on its way to them, too."""
         self.lost: float | None = None
         """When its replica was found to have failed, until it goes on."""
         self.cached_tokens = 0

@@ -174,12 +174,22 @@ class Roster:
 
     # Telling them something
 
-    def send(self, number: int, command: Command) -> None:
-        """Tell a replica something before its next step; dropped where it is down."""
+    def send(self, number: int, command: Command) -> int:
+        """Tell a replica something before its next step; dropped where it is down.
+
+        Returns:
+            The command's number in the replica's life, from 1.
+        """
         post = self._posts.get(number)
-        if post is not None and post.life is not None:
-            post.sent += 1
-            post.life.send(command)
+        if post is None or post.life is None:
+            return 0
+        post.sent += 1
+        post.life.send(command)
+        return post.sent
+
+    def taken(self, number: int) -> int:
+        """How many commands a replica is known to have taken in, in its present or last life."""
+        return self._posts[number].taken
 
     async def tell(self, numbers: Sequence[int], command: Command) -> None:
         """Tell replicas something and wait until each has taken it in. One that is down or goes down needs no telling:
