@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from preble.errors import RequestTimeout as RequestTimeout
     from preble.errors import UnknownOption as UnknownOption
     from preble.errors import UnsupportedModel as UnsupportedModel
+    from preble.health import ClusterHealth as ClusterHealth
+    from preble.health import ReplicaHealth as ReplicaHealth
     from preble.outputs import Chunk as Chunk
     from preble.outputs import ClusterStats as ClusterStats
     from preble.outputs import Completion as Completion
@@ -59,6 +61,7 @@ _HOMES = {
         "UnknownOption",
         "UnsupportedModel",
     ),
+    "preble.health": ("ClusterHealth", "ReplicaHealth"),
     "preble.outputs": (
         "Chunk",
         "ClusterStats",
