@@ -45,8 +45,15 @@ class Stream:
 
     @property
     def output(self) -> GenerationOutput:
-        """The request as far as it went: whole after the last chunk."""
-        return self._begun().output()
+        """The request as far as it went: whole after the last chunk.
+
+        Raises:
+            ClusterStateError: no replica has taken it.
+        """
+        flight = self._begun()
+        if flight.branches[0].placement is None:
+            raise ClusterStateError(f"request {flight.request_id!r} has no output: no replica has taken it")
+        return flight.output()
 
     def __aiter__(self) -> Self:
         return self
