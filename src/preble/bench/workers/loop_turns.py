@@ -50,8 +50,9 @@ class LoopTurns:
             return anyio.run(function, backend=backend, backend_options=options)
 
     def forget(self) -> None:
-        """Begin anew with the next turn."""
-        self.count, self.longest, self.total, self.collecting, self._began = 0, 0.0, 0.0, 0.0, None
+        """Begin anew, with the rest of the turn that calls this."""
+        self.count, self.longest, self.total, self.collecting = 0, 0.0, 0.0, 0.0
+        self.begins()
 
     def begins(self) -> None:
         """The loop has waited for events and now runs what is ready."""
