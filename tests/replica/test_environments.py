@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -214,9 +215,9 @@ async def test_an_error_that_leaves_the_block_ends_the_worker(llama: Path) -> No
 @pytest.mark.parametrize("anyio_backend", ["trio"])
 async def test_processes_come_drain_and_go_under_load(llama: Path) -> None:
     """What `test_operations.py` shows with threads, once with processes."""
-    options = {"max_tokens": 150, "seed": 3, "ignore_eos": True}
+    options: dict[str, Any] = {"max_tokens": 150, "seed": 3, "ignore_eos": True}
     prompts = [f"Number {number}" for number in range(4)]
-    asking = {"replicas": 1, "page_size": 16, "kv_memory": "1MiB", "dtype": "float32"}
+    asking: dict[str, Any] = {"replicas": 1, "page_size": 16, "kv_memory": "1MiB", "dtype": "float32"}
     async with preble.Cluster(llama, workers="thread", **asking) as cluster:
         expected = [output.token_ids for output in await cluster.generate_many(prompts, **options)]
     found: dict[int, tuple[int, ...]] = {}
