@@ -49,9 +49,9 @@ class Watched:
 
     def __init__(self, cluster: Cluster) -> None:
         self.intakes: list[float] = []
-        """Seconds in which an engine took in what had come since its last step, aborts and requests."""
+        """Seconds in which an engine took in the aborts that had come since its last step, …"""
         self.aborts: list[float] = []
-        """… and of these each abort."""
+        """… and each of them."""
         self.ends: list[float] = []
         """Seconds in which the dispatcher ended a request, or gave its room to others."""
         self.refills = 0
@@ -99,8 +99,8 @@ class Watched:
             began = time.thread_time()
             obey(command)
             spent = time.thread_time() - began
-            batch["seconds"] += spent
             if isinstance(command, Abort):
+                batch["seconds"] += spent
                 batch["aborts"] += 1
                 self.aborts.append(spent)
             else:
