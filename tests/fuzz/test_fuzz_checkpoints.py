@@ -196,20 +196,25 @@ def test_a_long_header_is_not_read(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
+MIXTRAL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "message"),
     [
-        {"n_layer": 2**31},
-        {"n_layer": 9_999},
-        {"num_labels": 10**9},
-        {"n_embd": 1 << 20, "n_head": 1, "n_inner": 1 << 20},
-        {"vocab_size": 2**31 - 1},
-        {"n_positions": 2**31 - 1},
-        {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 10**9},
-        {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_hidden_layers": 10**9},
+        ({"n_layer": 2**31}, "must be 10000 at most"),
+        ({"n_layer": 9_999}, "30 tensors, but config.json 9999 layers"),
+        ({"num_labels": 10**9}, "must be 10000 at most"),
+        ({"n_embd": 1 << 20, "n_head": 1, "n_inner": 1 << 20}, "announces a model of"),
+        ({"vocab_size": 2**31 - 1}, "announces a model of"),
+        (MIXTRAL | {"num_local_experts": 10**9}, "must be 10000 at most"),
+        (MIXTRAL | {"num_hidden_layers": 10**9}, "must be 10000 at most"),
+        (MIXTRAL | {"num_hidden_layers": 5_000, "num_local_experts": 9_999}, "are too many"),
     ],
 )
-def test_what_a_config_announces_is_there_before_memory_is_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_what_a_config_announces_is_there_before_memory_is_taken(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     """In architectures that transformers runs: it would make the whole model first and look at the files then."""
     from preble.engine.transformers_code import load_code
 
@@ -220,7 +225,7 @@ def test_what_a_config_announces_is_there_before_memory_is_taken(tmp_path: Path,
     def load() -> None:
         load_code(tmp_path, ModelConfig.from_folder(tmp_path), device=torch.device("cpu"), dtype="float32")
 
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=message):
         load()
 
 
