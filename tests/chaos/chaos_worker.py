@@ -93,5 +93,5 @@ def serve(launch: Launch, parent: worker.Parent) -> None:
 if __name__ == "__main__":
     as_ever = worker._serve
     worker._serve = serve
-    worker.FrameWriter = FlawedWriter  # type: ignore[misc]
+    worker.FrameWriter = FlawedWriter  # type: ignore[attr-defined]
     worker.main()

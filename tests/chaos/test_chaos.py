@@ -13,7 +13,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from chaos_worker import EXHAUST, FLAWS, RAISE, SPOIL, FlawedWriter
 from preble import Cluster
 from preble.engine.messages import StepReport
 from preble.replica import lifecycle, process, worker_stream
-from preble.replica.base import Replica
 from preble.sched import Preempted
 
 pytestmark = [
@@ -50,6 +48,7 @@ STANDSTILL = 180.0
 
 FAULTS: dict[str, tuple[str, ...]] = {
     "kill": ("killed by SIGKILL",),
+    "kill all": ("killed by SIGKILL",),
     "stop": ("no step within",),
     "raise": ("RuntimeError: chaos",),
     "exhaust": ("OutOfMemoryError: chaos",),
@@ -60,21 +59,22 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "flipped probe": ("FrameError",),
 }
 """What is done to a replica, and what the cluster must then say of it."""
+AT_ONCE_FATAL = ("kill", "raise", "exhaust")
+"""What a replica fails of at once."""
 LOADING = ("kill while it loads", "flipped probe")
 """What is done to a replica that has failed before and is started again."""
 
 
-class Recoveries(deque[float]):
-    """Remembers also when each of them began."""
+@dataclass(frozen=True)
+class Recovery:
+    """How a request went on that lost its replica."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.began: list[tuple[float, float]] = []
-        """(when, seconds)"""
-
-    def append(self, seconds: float) -> None:
-        super().append(seconds)
-        self.began.append((time.monotonic() - seconds, seconds))
+    seconds: float
+    """From when the loss was noticed to the next token."""
+    losses: int
+    """Replicas that it had lost by then."""
+    alone: bool
+    """No other replica served when it lost the last one."""
 
 
 @dataclass
@@ -82,23 +82,25 @@ class Chronicle:
     """What happens in a cluster: hears what its dispatcher hears of replicas, and proves the books right each time."""
 
     cluster: Cluster
-    causes: list[str] = field(default_factory=list)
-    outages: list[tuple[float, bool]] = field(default_factory=list)
-    """When a replica that served failed, and whether another one served."""
+    outages: list[bool] = field(default_factory=list)
+    """Of each time that a replica failed which served: whether no other one did."""
     restarts: list[float] = field(default_factory=list)
     """Seconds from a failure until the replica served again."""
-    recoveries: Recoveries = field(default_factory=Recoveries)
+    recoveries: list[Recovery] = field(default_factory=list)
     preemptions: int = 0
 
     def __post_init__(self) -> None:
         dispatcher: Any = self.cluster._dispatcher
-        roster, scheduler = dispatcher.roster, dispatcher._scheduler
+        roster, scheduler, branches = dispatcher.roster, dispatcher._scheduler, dispatcher._branches
         down, up, reported = dispatcher.replica_down, dispatcher.replica_up, dispatcher.step_reported
         since: dict[int, float] = {}
+        alone: dict[str, bool] = {}
+        """By request: of its last loss."""
 
         def replica_down(number: int, cause: BaseException) -> None:
             since[number] = time.monotonic()
-            self.outages.append((since[number], bool(roster.serving)))
+            self.outages.append(not roster.serving)
+            alone.update({name: not roster.serving for name, branch in branches.items() if branch.replica == number})
             down(number, cause)
             scheduler.check()
 
@@ -109,18 +111,19 @@ class Chronicle:
 
         def step_reported(report: StepReport) -> None:
             self.preemptions += sum(isinstance(event, Preempted) for event in report.events)
+            for delta in report.deltas:
+                branch = branches.get(delta.request_id)
+                if branch is not None and branch.lost is not None and delta.token_ids:
+                    seconds = time.monotonic() - branch.lost
+                    self.recoveries.append(Recovery(seconds, branch.losses, alone[delta.request_id]))
             reported(report)
 
         dispatcher.replica_down, dispatcher.replica_up = replica_down, replica_up
         dispatcher.step_reported = step_reported
-        dispatcher._recoveries = self.recoveries
 
     def quick(self) -> list[float]:
-        """Recoveries of requests that had another replica to go to, shortest first."""
-        alone = [when for when, others in self.outages if not others]
-        return sorted(
-            seconds for began, seconds in self.recoveries.began if all(abs(began - when) > 0.05 for when in alone)
-        )
+        """Recoveries of requests that had another replica to go to, and got there, shortest first."""
+        return sorted(one.seconds for one in self.recoveries if one.losses == 1 and not one.alone)
 
 
 class Progress:
@@ -146,6 +149,20 @@ class Progress:
             await event.wait()
 
 
+@dataclass(frozen=True)
+class Struck:
+    """A replica that something was done to."""
+
+    fault: str
+    post: Any
+    life: Any
+    at: float
+
+    def is_over(self) -> bool:
+        """Whether that was noticed."""
+        return self.post.life is not self.life
+
+
 class Injector:
     """Does something to a replica every so many requests.
 
@@ -153,49 +170,85 @@ class Injector:
     that has, or could be given, a request which lost another one before.
     """
 
-    def __init__(self, cluster: Cluster, chronicle: Chronicle, progress: Progress, rng: random.Random) -> None:
+    def __init__(self, cluster: Cluster, progress: Progress, rng: random.Random) -> None:
         self._dispatcher: Any = cluster._dispatcher
-        self._posts: dict[int, Any] = cluster._dispatcher.roster._posts  # type: ignore[assignment]
-        self._chronicle = chronicle
+        self._posts: dict[int, Any] = self._dispatcher.roster._posts
         self._progress = progress
         self._rng = rng
+        self._stopped: Struck | None = None
+        """A replica that stands still, which is not noticed yet."""
         self.struck: Counter[str] = Counter()
-        self.last = ""
+        self.downs = 0
+        """How many replicas that served were struck."""
 
     async def strike_all(self, faults: list[str], every: int) -> None:
-        """One fault after the other: each when `every` more requests have ended and the one before was noticed."""
-        number = -1
+        """One fault after the other: each when `every` more requests have ended and the one before was noticed. Only
+        that a replica was stopped is found out late, and others may fail meanwhile."""
         for fault in faults:
             if fault in LOADING:
-                await until(partial(self._is_loading, number))
+                await self._strike_who_loads(fault)
             else:
                 await self._progress.reach(self._progress.ended + every)
-                number = await self._victim()
-            life = self._posts[number].life
-            self.last = f"{fault} ({number})"
-            self._strike(fault, number, life.process_id)
+                await self._strike_who_serves(fault)
             self.struck[fault] += 1
-            await until(partial(self._is_over, number, life))
-            error = self._posts[number].last_error
-            assert any(cause in error for cause in FAULTS[fault]), (fault, error)
+        await self._settle()
 
-    async def _victim(self) -> int:
+    async def _strike_who_loads(self, fault: str) -> None:
+        await self._settle()
+        if all(post.lifecycle.state == "serving" for post in self._posts.values()):
+            await self._strike_who_serves("kill")
+            self.struck["kill"] += 1
+        await until(lambda: bool(self._loading()))
+        await self._notice(self._strike(fault, self._loading()[0]))
+
+    def _loading(self) -> list[int]:
+        return [
+            number
+            for number, post in self._posts.items()
+            if post.lifecycle.state == "starting" and post.life.process_id is not None
+        ]
+
+    async def _strike_who_serves(self, fault: str) -> None:
+        stopped = self._stopped
+        if stopped and (fault not in AT_ONCE_FATAL or time.monotonic() - stopped.at > HANG_TIMEOUT / 2):
+            await self._settle()
+        victims = await self._victims(everybody=fault == "kill all")
+        struck = [self._strike(fault, number) for number in victims]
+        self.downs += len(struck)
+        if fault == "stop":
+            (self._stopped,) = struck
+            return
+        for one in struck:
+            await self._notice(one)
+
+    async def _victims(self, *, everybody: bool) -> list[int]:
+        """One with requests to work on, or all that serve."""
         while True:
             branches = list(self._dispatcher._branches.values())
             hit = {branch.replica for branch in branches if branch.crashes}
-            busy = sorted({branch.replica for branch in branches if branch.replica is not None} - hit)
-            if busy and None not in hit:
-                return int(self._rng.choice(busy))
+            if everybody and not hit:
+                return list(self._dispatcher.roster.serving)
+            busy = {branch.replica for branch in branches if branch.replica is not None and branch.token_ids} - hit
+            if self._stopped:
+                busy -= {self._stopped.post.number}
+            if not everybody and busy and None not in hit:
+                return [self._rng.choice(sorted(busy))]
             await self._progress.reach(self._progress.ended + 1)
 
-    def _is_over(self, number: int, life: Replica) -> bool:
-        return self._posts[number].life is not life
+    async def _settle(self) -> None:
+        """Wait until it is noticed that the replica which stands still does."""
+        if self._stopped:
+            await self._notice(self._stopped)
+            self._stopped = None
 
-    def _is_loading(self, number: int) -> bool:
+    async def _notice(self, struck: Struck) -> None:
+        await until(struck.is_over)
+        error = struck.post.last_error
+        assert any(cause in error for cause in FAULTS[struck.fault]), (struck.fault, error)
+
+    def _strike(self, fault: str, number: int) -> Struck:
         post = self._posts[number]
-        return post.lifecycle.state == "starting" and post.life.process_id is not None
-
-    def _strike(self, fault: str, number: int, pid: int) -> None:
+        pid = post.life.process_id
         flaws = {flaw.__name__: flaw for flaw in FLAWS}
         match fault.split():
             case ["kill", *_]:
@@ -210,6 +263,7 @@ class Injector:
                 os.kill(pid, SPOIL[flaws[flaw]])
             case [flaw, *_]:
                 FlawedWriter.orders[f"preble-replica-{number}"] = flaws[flaw]
+        return Struck(fault, post, post.life, time.monotonic())
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -300,7 +354,7 @@ async def chaos(
     ) as cluster:
         chronicle = Chronicle(cluster)
         rng = random.Random(seed)
-        injector = Injector(cluster, chronicle, progress, rng)
+        injector = Injector(cluster, progress, rng)
         idle = deque(make_cases(CASES, seed=1))
         striking = True
         began = time.monotonic()
@@ -318,7 +372,7 @@ async def chaos(
             while True:
                 await anyio.sleep(1.0)
                 if time.monotonic() - progress.heard > STANDSTILL:
-                    raise AssertionError(f"nothing moves after {injector.last}: {cluster.health()} {cluster.stats()}")
+                    raise AssertionError(f"nothing moves after {injector.struck}: {cluster.health()} {cluster.stats()}")
 
         async with anyio.create_task_group() as watching:
             watching.start_soon(watch)
@@ -336,7 +390,7 @@ async def chaos(
             watching.cancel_scope.cancel()
         print(report(progress, injector, chronicle, began))
         require_nothing_left(cluster)
-        assert len(chronicle.outages) == sum(count for fault, count in injector.struck.items() if fault not in LOADING)
+        assert len(chronicle.outages) == injector.downs, "a replica failed that nobody struck"
         quick, restarts = chronicle.quick(), sorted(chronicle.restarts)
         # Whoever has another replica to go to does not wait for a restart. How long that takes depends on the machine.
         assert percentile(quick, 0.99) < percentile(restarts, 0.5)
@@ -368,7 +422,7 @@ def percentile(ordered: list[float], share: float) -> float:
 
 def report(progress: Progress, injector: Injector, chronicle: Chronicle, began: float) -> str:
     quick, restarts = chronicle.quick(), sorted(chronicle.restarts)
-    every = sorted(seconds for _, seconds in chronicle.recoveries.began)
+    every = sorted(one.seconds for one in chronicle.recoveries)
     faults = ", ".join(f"{count} x {fault}" for fault, count in sorted(injector.struck.items()))
     seconds = time.monotonic() - began
     lines = [f"{progress.ended} requests in {seconds:.0f} s, {chronicle.preemptions} preemptions; {faults}"]
@@ -381,10 +435,10 @@ def report(progress: Progress, injector: Injector, chronicle: Chronicle, began: 
 
 A_FEW = ["kill", "stop", "lost frame from it", "kill while it loads", "exhaust", "repeated frame to it", "raise"]
 EACH_TWICE = [
-    *("raise", "kill", "flipped frame from it", "kill while it loads", "stop", "exhaust", "cut frame to it"),
-    *("repeated frame from it", "kill", "flipped probe", "exhaust", "lost frame to it", "raise", "stop"),
+    *("raise", "kill", "flipped frame from it", "kill while it loads", "stop", "exhaust", "cut frame to it", "raise"),
+    *("repeated frame from it", "exhaust", "flipped probe", "stop", "kill all", "lost frame to it"),
 ]
-"""Of five kinds; a damaged frame in each of four ways."""
+"""… at least; and a damaged frame in each of four ways."""
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
