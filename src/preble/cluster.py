@@ -527,11 +527,12 @@ class Cluster:
         *,
         patient: bool = False,
     ) -> Stream:
-        async def check() -> None:
+        def check() -> None:
+            # Whoever is refused or waits must not stand in the way of those who have a slot: no turn is waited for here.
             if isinstance(prompt, str):
                 check_text(prompt)
-            else:
-                self._check_length(await tokenize())
+            elif not is_long(prompt, LONG_LIST):
+                self._check_length(prompt_tokens(prompt))
 
         async def tokenize() -> Tokens:
             if isinstance(prompt, str):
@@ -542,7 +543,7 @@ class Cluster:
 
     def _stream(
         self,
-        check: Callable[[], Awaitable[None]] | None,
+        check: Callable[[], None] | None,
         tokenize: Callable[[], Awaitable[Tokens]],
         sampling: SamplingParams | None,
         options: Mapping[str, Any],
@@ -561,7 +562,7 @@ class Cluster:
             submitted = time.monotonic()
             deadline = None if terms.timeout is None else submitted + terms.timeout
             if check is not None:
-                await check()
+                check()
             with self._abortable(terms.request_id):
                 slot = await self._door.enter(params.n, priority=terms.priority, deadline=deadline, patient=patient)
                 # From here on the slot is given back, or the flight's to give back.
