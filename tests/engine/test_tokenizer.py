@@ -189,3 +189,18 @@ def test_no_code_of_the_checkpoint_is_run(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UnsupportedModel, match=r"tokenizer_config\.json names a tokenizer in code of its own"):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("length", [100, 5000])
+def test_a_regular_expression_that_takes_forever_is_given_up(tmp_path, length, capfd):
+    """The Rust side panics when its matcher has gone back ten million times."""
+    made_tokenizers.save(made_tokenizers.byte_level(), tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False}
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, state["pre_tokenizer"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    ours = Tokenizer(tmp_path)
+    assert len(ours.encode("ab")) > 1
+    with pytest.raises(InvalidRequest, match="gives up on this text"):
+        ours.encode("a" * length)
+    assert "panicked" in capfd.readouterr().err

@@ -8,7 +8,7 @@ of a microsecond, and stands for one value looked at or for 16 characters read o
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, MappingView, Sequence, Set
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, Set, ValuesView
 from contextlib import contextmanager
 from typing import Any
 
@@ -159,6 +159,6 @@ def _parts(value: Any) -> Sequence[object]:
         return ()  # compared and hashed by its ends; whoever walks over one is charged for its length
     if isinstance(value, Mapping):
         return [*value.keys(), *value.values()]
-    if isinstance(value, MappingView | Set):
-        return list(value)
+    if isinstance(value, KeysView | ValuesView | ItemsView | Set):
+        return [*value]
     return ()

@@ -175,16 +175,17 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"text holds half a surrogate pair at character {error.start}") from None
-        if self._backend is not None:
-            if len(text) < LONG:
-                ids = self._backend.encode(text, add_special_tokens=special_tokens).ids
+        with panics_as(lambda why: InvalidRequest(f"the tokenizer of {self.folder} gives up on this text: {why}")):
+            if self._backend is not None:
+                if len(text) < LONG:
+                    ids = self._backend.encode(text, add_special_tokens=special_tokens).ids
+                else:
+                    # Of the Rust functions only those for batches let go of the interpreter's lock. The fast one leaves out
+                    # offsets and token texts, which take another half as long, and whose end holds the lock again.
+                    ids = self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)[0].ids
             else:
-                # Of the Rust functions only those for batches let go of the interpreter's lock. The fast one leaves out
-                # offsets and token texts, which take another half as long, and whose end holds the lock again.
-                ids = self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)[0].ids
-        else:
-            with self._lock:
-                ids = self._hf.encode(text, add_special_tokens=special_tokens)
+                with self._lock:
+                    ids = self._hf.encode(text, add_special_tokens=special_tokens)
         return np.array(ids, dtype=np.int32)
 
     def _eos_token_ids(self) -> frozenset[int]:
