@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 LONG_LIST = 20_000
 """Token ids in a list from which it is read in a worker thread, as long texts are: before that it takes half a
 millisecond."""
+SHORT_LIST = 1_000
+"""Token ids in a list up to which they are checked before the request has a slot: that takes some microseconds."""
 STARTED_AT_ONCE = 16
 """Requests that `generate_many` starts in a turn of the event loop."""
 READERS = 2
@@ -528,10 +530,10 @@ class Cluster:
         patient: bool = False,
     ) -> Stream:
         def check() -> None:
-            # Whoever is refused or waits must not stand in the way of those who have a slot: no turn is waited for here.
+            # No turn is waited for: whoever is refused must not stand in the way of those who have a slot.
             if isinstance(prompt, str):
                 check_text(prompt)
-            elif not is_long(prompt, LONG_LIST):
+            elif not is_long(prompt, SHORT_LIST):
                 self._check_length(prompt_tokens(prompt))
 
         async def tokenize() -> Tokens:
