@@ -180,8 +180,8 @@ class Tokenizer:
                 if len(text) < LONG:
                     ids = self._backend.encode(text, add_special_tokens=special_tokens).ids
                 else:
-                    # Of the Rust functions only those for batches let go of the interpreter's lock. The fast one leaves out
-                    # offsets and token texts, which take another half as long, and whose end holds the lock again.
+                    # Of the Rust functions only those for batches let go of the interpreter's lock. The fast one leaves
+                    # out offsets and token texts, which take another half as long, and whose end holds the lock again.
                     ids = self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)[0].ids
             else:
                 with self._lock:
