@@ -374,6 +374,7 @@ class Dispatcher:
         tokens = flight.prompt
         if branch.token_ids:  # it comes from another replica
             tokens = np.concatenate([tokens, np.array(branch.token_ids, np.int32)])
+        arrived, branch.arrived = branch.arrived, branch.arrived or time.monotonic()
         branch.command = self.roster.send(
             decision.replica,
             Submit(
@@ -387,6 +388,7 @@ class Dispatcher:
                 priority=flight.terms.priority,
                 deadline=flight.deadline,
                 expected_tokens=flight.terms.expected_tokens,
+                arrived=arrived,
             ),
         )
 

@@ -35,6 +35,8 @@ class Branch:
         """The first one; a request moves only when its replica is lost."""
         self.replica: int | None = None
         """Where it runs now."""
+        self.arrived: float | None = None
+        """When it was first handed to a replica."""
         self.command = 0
         """The number of the command that handed it over, in the life of its replica."""
         self.crashes = 0

@@ -37,6 +37,31 @@ async def test_all_killed_at_once(llama: Path) -> None:
     assert [output.token_ids for output in outputs] == expected
 
 
+async def test_a_request_that_lost_its_replica_does_not_queue_anew(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, queued = Engine.submit, []
+
+    def submit(engine: Engine, request: Submit) -> None:
+        original(engine, request)
+        sequence = engine.scheduler.get(request.request_id)
+        if sequence is not None and request.namespace == "ours":
+            queued.append((request.request_id, sequence.arrived, request.arrived))
+
+    monkeypatch.setattr(Engine, "submit", submit)
+    async with Cluster(llama, replicas=2, **OPTIONS) as cluster:
+        stream = cluster.stream(PROMPTS[0], namespace="ours", **SEEDED)
+        await anext(stream)
+        roster = cluster._dispatcher.roster
+        roster._fail(roster._posts[stream.output.placement.replica], RuntimeError("injected"))
+        await stream.finish()
+    (name, first, told), (again, arrived, known) = queued
+    assert name == again
+    assert told is None
+    assert known is not None
+    assert arrived == known <= first
+
+
 async def test_a_request_that_no_replica_can_even_take_in_fails_in_the_end(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ COMMAND_KINDS: dict[type, st.SearchStrategy[Any]] = {
         priority=st.integers(-(2**63), 2**63 - 1),
         deadline=st.none() | FLOATS,
         expected_tokens=st.none() | FLOATS,
+        arrived=st.none() | FLOATS,
     ),
     Abort: st.builds(Abort, TEXTS),
     ResetCache: st.builds(ResetCache),

@@ -123,7 +123,7 @@ class Engine:
                 lockstep=self._runner.lockstep(generation.sampling),
                 payload=generation,
             ),
-            now=time.monotonic(),
+            now=time.monotonic() if request.arrived is None else request.arrived,
         )
 
     def abort(self, request_id: str) -> None:

@@ -29,6 +29,8 @@ class Submit:
     deadline: float | None = None
     expected_tokens: float | None = None
     """How many tokens it will probably generate, where the caller knows; a hint, never a limit."""
+    arrived: float | None = None
+    """`time.monotonic()` when it was first handed to a replica, if that was another one: it does not queue anew."""
 
 
 @dataclass(frozen=True, slots=True)
