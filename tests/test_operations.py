@@ -637,8 +637,8 @@ async def test_pausing_just_as_a_replica_comes_reaches_it(
         told = anyio.Event()
 
         def told_of_it(*args: Any) -> None:
+            told.set()  # who waits for this is called before who waits for what comes now
             loaded(*args)
-            told.set()
 
         monkeypatch.setattr(roster, "_loaded", told_of_it)
 
