@@ -23,7 +23,7 @@ from preble import Cluster
 from preble.engine.engine import Engine
 from preble.engine.source import EngineSource
 from preble.health import ReplicaHealth
-from preble.replica import lifecycle
+from preble.replica import lifecycle, thread
 
 pytestmark = pytest.mark.anyio
 
@@ -84,7 +84,7 @@ def crash(cluster: Cluster, number: int) -> None:
 
 
 def engine_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("preble-")]
+    return [one for one in threading.enumerate() if one.name.startswith("preble-")]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -789,6 +789,31 @@ async def test_shutting_down_that_is_cancelled_leaves_the_rest_to_the_end_of_the
         assert cluster._dispatcher.stats().pending == 6
     assert len(running.errors) == 6
     assert not engine_threads()
+
+
+async def test_nobody_waits_for_ever_for_a_thread_that_hangs(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(thread, "PATIENCE", 0.1)
+    hanging, go_on = [threading.Event(), threading.Event()], threading.Event()
+
+    def fault(engine: Engine) -> None:
+        hanging[engine._replica].set()
+        go_on.wait()
+
+    with faulty_steps(monkeypatch, fault):
+        alone = Cluster(llama, replicas=2, policy="round-robin", dtype="float32", kv_memory="1MiB", hang_timeout=0.3)
+        async with anyio.create_task_group() as group, alone as cluster:
+            running = Load(cluster, group)
+            running.add(PROMPTS, **LONG)
+            await until(lambda: all(event.is_set() for event in hanging))
+            await cluster.remove_replica(0, timeout=0)
+            assert "replica 0 hangs in a thread, which is left behind" in caplog.text
+        assert "replica 1 hangs in a thread, which is left behind" in caplog.text
+        assert len(engine_threads()) == 2
+        go_on.set()
+        await until(lambda: not engine_threads())
+    assert len(running.errors) == 6
 
 
 # Where it runs

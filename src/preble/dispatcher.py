@@ -207,8 +207,7 @@ class Dispatcher:
         self._move(number, self._scheduler.remove_replica(number, now=time.monotonic()))
         self._idle.set()
         if life is not None:
-            with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(life.join)
+            await self.roster.bury(life)
 
     async def reset_prefix_cache(self) -> None:
         """Make every replica forget the prefixes that no running request uses, and wait until it has."""

@@ -169,8 +169,14 @@ class Roster:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self._ticker.join)
             for life in list(self._lives):
-                await anyio.to_thread.run_sync(life.join)
+                await self.bury(life)
             await anyio.to_thread.run_sync(self._launcher.close)
+
+    async def bury(self, life: Replica) -> None:
+        """Wait until a replica that was asked to end has ended. A thread that takes longer than a step may take hangs,
+        and is left behind."""
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(life.join, self._hang_timeout)
 
     # Telling them something
 

@@ -30,8 +30,9 @@ class Replica(Protocol):
         """End the replica at once if that is possible, else as soon as it comes back from what it does."""
         ...
 
-    def join(self) -> None:
-        """Block until the replica has ended and everything it held is given back."""
+    def join(self, patience: float | None = None) -> None:
+        """Block until the replica has ended and everything it held is given back. Where nothing can end it by force,
+        it is left behind after `patience` seconds."""
         ...
 
 

@@ -80,8 +80,8 @@ class ProcessReplica:
         """End the process at once, and report nothing more of it but its end."""
         self._want(_Wish.KILL)
 
-    def join(self) -> None:
-        """Block until the process is gone, and everything that belonged to it here."""
+    def join(self, patience: float | None = None) -> None:
+        """Block until the process is gone, and everything that belonged to it here: it is killed if need be."""
         self._thread.join()
 
     def _want(self, wish: _Wish) -> None:

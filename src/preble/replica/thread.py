@@ -16,7 +16,8 @@ from preble.replica.base import Listener
 logger = logging.getLogger("preble.replica")
 
 PATIENCE = 5.0
-"""Seconds that `join` waits for a thread that was killed: nothing can end it, and it may hang for good."""
+"""Seconds that `join` waits for a thread that was killed, and at least for any: nothing can end it, and it may hang for
+good."""
 
 
 class ThreadReplica:
@@ -64,9 +65,11 @@ class ThreadReplica:
         self._killed = True
         self.stop()
 
-    def join(self) -> None:
-        """Wait for the end; not for long where the thread hangs."""
-        self._thread.join(PATIENCE if self._killed else None)
+    def join(self, patience: float | None = None) -> None:
+        """Wait for the end; for `patience` seconds at most, and not for long where the thread is known to hang."""
+        if self._killed:
+            patience = PATIENCE
+        self._thread.join(None if patience is None else max(patience, PATIENCE))
         if self._thread.is_alive():
             logger.error("replica %d hangs in a thread, which is left behind", self.number)
 
