@@ -137,7 +137,7 @@ async def nothing_is_left(cluster: Cluster) -> None:
         await anyio.lowlevel.checkpoint()
     assert (cluster._door.free, cluster._door.waiting) == (cluster._door.limit, 0)
     assert not cluster._door._classes
-    assert not cluster._at_the_door
+    assert not cluster._reception.at_the_door
     assert not dispatcher._flights
     assert not dispatcher._branches
     assert not scheduler.waiting
@@ -292,7 +292,7 @@ class Storm:
             return "in decode" if first.token_ids else "on a replica"
         if name in self.ended:
             return "after the end"
-        return "at the door" if name in self.cluster._at_the_door else "before the door"
+        return "at the door" if name in self.cluster._reception.at_the_door else "before the door"
 
 
 @pytest.mark.parametrize("seed", [0])

@@ -57,7 +57,7 @@ async def nothing_is_left(cluster: Cluster) -> None:
     await until(lambda: not cluster.stats().pending and all(not one.running for one in cluster.stats().replicas))
     await until(lambda: all(life.idle for life in lives(cluster) if hasattr(life, "idle")))
     assert (cluster._door.free, cluster._door.waiting) == (cluster._door.limit, 0)
-    assert not cluster._at_the_door
+    assert not cluster._reception.at_the_door
     assert not dispatcher._flights
     assert not dispatcher._branches
     scheduler = dispatcher._scheduler
@@ -225,13 +225,13 @@ async def test_a_request_counts_n_times(llama: Path) -> None:
 async def test_a_waiting_prompt_is_not_tokenized(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(llama, max_pending=1) as cluster:
         tokenized: list[str] = []
-        original = cluster._tokenizer.encode
+        original = cluster._reception.tokenizer.encode
 
         def encode(text: str) -> Any:
             tokenized.append(text)
             return original(text)
 
-        monkeypatch.setattr(cluster._tokenizer, "encode", encode)
+        monkeypatch.setattr(cluster._reception.tokenizer, "encode", encode)
         await cluster.pause()
         async with anyio.create_task_group() as group:
             for text in ("first", "second", "third"):

@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 import os
 import threading
-import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -20,14 +17,13 @@ import anyio.to_thread
 
 from preble.admission import Admission
 from preble.engine.options import EngineOptions
-from preble.errors import ClusterStateError, InvalidRequest, PrebleError, PromptTooLong
-from preble.flight import Flight, request_failed
+from preble.errors import ClusterStateError, InvalidRequest, PrebleError
 from preble.outputs import ClusterStats, GenerationOutput
-from preble.prompts import Prompt, check_text, is_long, prompt_tokens
+from preble.prompts import Prompt
+from preble.reception import Message, Reception
 from preble.sampling import SamplingParams
 from preble.stream import Stream
 from preble.terms import Terms
-from preble.turnstile import Turnstile
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -37,24 +33,12 @@ if TYPE_CHECKING:
     from preble.dispatcher import Dispatcher
     from preble.health import ClusterHealth
     from preble.replica.launch import Launcher
-    from preble.sched.hashing import Tokens
     from preble.sched.policies import Policy
 
-LONG_LIST = 20_000
-"""Token ids in a list from which it is read in a worker thread, as long texts are: before that it takes half a
-millisecond."""
-SHORT_LIST = 1_000
-"""Token ids in a list up to which they are checked before the request has a slot: that takes some microseconds."""
 STARTED_AT_ONCE = 16
 """Requests that `generate_many` starts in a turn of the event loop."""
-READERS = 2
-"""Prompts read in worker threads at a time. More of them would compete with the event loop for the interpreter, and for
-the threads that the application uses."""
-
 TERMS = {field.name for field in fields(Terms)}
 """The options of a request that are no sampling."""
-
-Message = Mapping[str, Any]
 
 
 class Cluster:
@@ -167,13 +151,8 @@ class Cluster:
             local_order=local_order,
         )
         self._door = Admission(max_pending, refuses=overload == "refuse")
-        self._turnstile = Turnstile()
-        self._readers = anyio.CapacityLimiter(READERS)
-        self._at_the_door: dict[str, anyio.CancelScope] = {}
-        """Requests that no replica has heard of yet, by the names that their callers gave them."""
         self._seed = seed
         self._state: Literal["new", "open", "closed"] = "new"
-        self._ids = count(1)
 
     # Starting and stopping
 
@@ -182,8 +161,15 @@ class Cluster:
             raise ClusterStateError("a cluster is entered once; make a new one")
         self._thread, self._loop = threading.get_ident(), anyio.lowlevel.current_token()
         devices, launcher, dispatcher = await anyio.to_thread.run_sync(self._prepare)
-        self._config, self._tokenizer = launcher.config, launcher.tokenizer
         self._dispatcher = dispatcher()
+        self._reception = Reception(
+            launcher.tokenizer,
+            launcher.config,
+            self._dispatcher,
+            self._door,
+            seed=self._seed,
+            must_be_open=self._must_be_open,
+        )
         try:
             await self._dispatcher.add(devices)
         except BaseException:
@@ -307,7 +293,8 @@ class Cluster:
         Arguments are checked at once; the prompt itself when iteration starts.
         """
         terms = Terms(priority, timeout, namespace, request_id, session, expected_tokens)
-        return self._stream_prompt(prompt, sampling, options, terms)
+        self._must_be_open()
+        return self._reception.prompt(prompt, sampling, options, terms)
 
     async def chat(
         self,
@@ -360,13 +347,9 @@ class Cluster:
         **options: Any,
     ) -> Stream:
         """Like `chat`, in chunks."""
-        self._must_be_open()
-
-        async def tokenize() -> Tokens:
-            return await self._read(lambda: self._tokenizer.chat(messages, tools=tools), quick=False)
-
         terms = Terms(priority, timeout, namespace, request_id, session, expected_tokens)
-        return self._stream(None, tokenize, sampling, options, terms)
+        self._must_be_open()
+        return self._reception.chat(messages, tools, sampling, options, terms)
 
     async def generate_many(
         self, prompts: Iterable[Prompt], *, progress: bool = False, return_exceptions: bool = False, **options: Any
@@ -393,7 +376,8 @@ class Cluster:
         async def work() -> None:
             for index, prompt in pending:
                 try:
-                    stream = self._stream_prompt(prompt, sampling, options, Terms(**shared), patient=True)
+                    self._must_be_open()
+                    stream = self._reception.prompt(prompt, sampling, options, Terms(**shared), patient=True)
                     outputs[index] = await stream.finish()
                 except PrebleError as error:
                     if not return_exceptions:
@@ -420,11 +404,7 @@ class Cluster:
             Whether a request of this id was in flight.
         """
         self._must_be_open()
-        scope = self._at_the_door.get(request_id)
-        if scope is None:
-            return self._dispatcher.abort(request_id)
-        scope.cancel()
-        return True
+        return self._reception.abort(request_id)
 
     def stats(self) -> ClusterStats:
         """A snapshot of every replica as of its last step, and of the cluster."""
@@ -519,126 +499,6 @@ class Cluster:
             return anyio.lowlevel.current_token() == self._loop
         except RuntimeError:  # no loop runs here now, as between two calls of `run_until_complete`
             return True
-
-    def _stream_prompt(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams | None,
-        options: Mapping[str, Any],
-        terms: Terms,
-        *,
-        patient: bool = False,
-    ) -> Stream:
-        def check() -> None:
-            # No turn is waited for: whoever is refused must not stand in the way of those who have a slot.
-            if isinstance(prompt, str):
-                check_text(prompt)
-            elif not is_long(prompt, SHORT_LIST):
-                self._check_length(prompt_tokens(prompt))
-
-        async def tokenize() -> Tokens:
-            if isinstance(prompt, str):
-                return await self._read(lambda: self._tokenizer.encode(prompt), quick=self._tokenizer.is_quick(prompt))
-            return await self._read(lambda: prompt_tokens(prompt), quick=not is_long(prompt, LONG_LIST))
-
-        return self._stream(check, tokenize, sampling, options, terms, patient=patient)
-
-    def _stream(
-        self,
-        check: Callable[[], None] | None,
-        tokenize: Callable[[], Awaitable[Tokens]],
-        sampling: SamplingParams | None,
-        options: Mapping[str, Any],
-        terms: Terms,
-        *,
-        patient: bool = False,
-    ) -> Stream:
-        self._must_be_open()
-        params = SamplingParams.from_options(sampling, options)
-        params.check_vocabulary(self._config.vocabulary_size)
-        if params.n > self._door.limit:
-            raise InvalidRequest(f"n={params.n} is more than max_pending={self._door.limit}, and counts n times in it")
-
-        async def start() -> Flight:
-            self._must_be_open()
-            submitted = time.monotonic()
-            deadline = None if terms.timeout is None else submitted + terms.timeout
-            if check is not None:
-                check()
-            with self._abortable(terms.request_id):
-                slot = await self._door.enter(params.n, priority=terms.priority, deadline=deadline, patient=patient)
-                # From here on the slot is given back, or the flight's to give back.
-                try:
-                    # A prompt that waits is not tokenized yet: what waits takes no memory but the caller's.
-                    prompt = await tokenize()
-                    await anyio.lowlevel.checkpoint_if_cancelled()
-                    self._check_length(prompt)
-                    self._must_be_open()
-                except BaseException:
-                    slot.release()
-                    raise
-            # From here to the end there is no await: a cancelled caller leaves either nothing or a flight to abort.
-            try:
-                flight = Flight(
-                    terms.request_id or f"request-{next(self._ids)}",
-                    prompt,
-                    params,
-                    terms,
-                    cluster_seed=self._seed,
-                    submitted=submitted,
-                    on_end=slot.release,
-                )
-                self._dispatcher.start(flight)
-            except BaseException:
-                slot.release()
-                raise
-            return flight
-
-        return Stream(start, self._dispatcher.end, self._dispatcher.end_soon, terms.timeout)
-
-    async def _read(self, prompt: Callable[[], Tokens], *, quick: bool) -> Tokens:
-        """The tokens of a prompt. What the caller does with them before it awaits anything else is part of a turn of
-        the event loop that no other request passes in."""
-        if quick:
-            await self._turnstile.pass_through()
-            return prompt()
-        tokens = await anyio.to_thread.run_sync(prompt, limiter=self._readers)
-        await self._turnstile.pass_through()
-        return tokens
-
-    @contextmanager
-    def _abortable(self, request_id: str | None) -> Iterator[None]:
-        """Let `abort` find a request of this name as long as no replica has heard of it."""
-        if request_id is None:
-            yield
-            return
-        if request_id in self._at_the_door:
-            raise InvalidRequest(f"request_id {request_id!r} is in flight already")
-        with anyio.CancelScope() as scope:
-            self._at_the_door[request_id] = scope
-            try:
-                yield
-            finally:
-                del self._at_the_door[request_id]
-        if scope.cancelled_caught:
-            raise request_failed(request_id, "aborted before a replica took it")
-
-    def _check_length(self, prompt: Tokens) -> None:
-        config = self._config
-        longest = self._dispatcher.longest
-        if len(prompt) == 0:
-            raise InvalidRequest("the prompt is empty: give at least one character or token id")
-        if len(prompt) >= longest:
-            limit = (
-                f"the model's context of {config.context_length}"
-                if longest == config.context_length
-                else f"a replica's KV pages for {longest} tokens (raise kv_memory)"
-            )
-            raise PromptTooLong(f"the prompt has {len(prompt)} tokens; with one to generate it is too long for {limit}")
-        low, high = int(prompt.min()), int(prompt.max())
-        if low < 0 or high >= config.vocabulary_size:
-            wrong = low if low < 0 else high
-            raise InvalidRequest(f"token id {wrong} is not in the vocabulary (0 to {config.vocabulary_size - 1})")
 
 
 def _check_patience(timeout: float | None) -> None:

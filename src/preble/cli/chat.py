@@ -26,8 +26,9 @@ from preble.cli.word_wrap import WordWrap
 from preble.errors import PrebleError
 
 if TYPE_CHECKING:
-    from preble.cluster import Cluster, Message
+    from preble.cluster import Cluster
     from preble.outputs import GenerationOutput
+    from preble.reception import Message
     from preble.sampling import SamplingParams
 
 PAGE_SIZE = 16
