@@ -114,7 +114,12 @@ def test_help_tells_every_default(name: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_no_benchmark_is_loaded_for_another_command() -> None:
-    code = "from preble.cli import make_parser; make_parser().parse_args(['study', 'a.jsonl']); import sys; print(*sys.modules)"
+    code = """
+import sys
+from preble.cli import make_parser
+make_parser().parse_args(['study', 'a.jsonl'])
+print(*sys.modules)
+"""
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "preble.cli.bench" in loaded
     assert not {"torch", "transformers", "triton"} & set(loaded)
