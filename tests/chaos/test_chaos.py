@@ -23,6 +23,7 @@ import trio
 from chaos_requests import Case, Text, begin, make_cases, require_same, texts_of
 from chaos_worker import EXHAUST, FLAWS, RAISE, SPOIL, FlawedWriter
 
+import preble
 from preble import Cluster
 from preble.engine.messages import StepReport
 from preble.replica import lifecycle, process, worker_stream
@@ -38,8 +39,8 @@ AT_ONCE = 16
 """Requests in flight."""
 CASES = 240
 """Different requests; they are made again and again."""
-OPTIONS: dict[str, Any] = {"page_size": 16, "kv_memory": "160KiB", "dtype": "float32", "seed": 5}
-"""40 pages for each replica, and up to 16 for a request: some are preempted, and cached prefixes evicted."""
+OPTIONS: dict[str, Any] = {"page_size": 16, "kv_memory": "80KiB", "dtype": "float32", "seed": 5}
+"""20 pages for each replica, and up to 16 for a request: some are preempted, and cached prefixes evicted."""
 ABANDONED = 0.05
 """Of the requests, so many are first left after some chunks, and made again at once, under the same name."""
 HANG_TIMEOUT = 8.0
@@ -73,8 +74,8 @@ class Recovery:
     """From when the loss was noticed to the next token."""
     losses: int
     """Replicas that it had lost by then."""
-    alone: bool
-    """No other replica served when it lost the last one."""
+    stranded: bool
+    """For a while no replica served that it could have gone to."""
 
 
 @dataclass
@@ -94,14 +95,15 @@ class Chronicle:
         roster, scheduler, branches = dispatcher.roster, dispatcher._scheduler, dispatcher._branches
         down, up, reported = dispatcher.replica_down, dispatcher.replica_up, dispatcher.step_reported
         since: dict[int, float] = {}
-        alone: dict[str, bool] = {}
-        """By request: of its last loss."""
+        stranded: set[str] = set()
+        """Requests that at some time had no replica to go to."""
 
         def replica_down(number: int, cause: BaseException) -> None:
             since[number] = time.monotonic()
             self.outages.append(not roster.serving)
-            alone.update({name: not roster.serving for name, branch in branches.items() if branch.replica == number})
             down(number, cause)
+            if not roster.serving:
+                stranded.update(name for name, branch in branches.items() if branch.lost is not None)
             scheduler.check()
 
         def replica_up(number: int) -> None:
@@ -115,7 +117,7 @@ class Chronicle:
                 branch = branches.get(delta.request_id)
                 if branch is not None and branch.lost is not None and delta.token_ids:
                     seconds = time.monotonic() - branch.lost
-                    self.recoveries.append(Recovery(seconds, branch.losses, alone[delta.request_id]))
+                    self.recoveries.append(Recovery(seconds, branch.losses, delta.request_id in stranded))
             reported(report)
 
         dispatcher.replica_down, dispatcher.replica_up = replica_down, replica_up
@@ -123,7 +125,7 @@ class Chronicle:
 
     def quick(self) -> list[float]:
         """Recoveries of requests that had another replica to go to, and got there, shortest first."""
-        return sorted(one.seconds for one in self.recoveries if one.losses == 1 and not one.alone)
+        return sorted(one.seconds for one in self.recoveries if one.losses == 1 and not one.stranded)
 
 
 class Progress:
@@ -407,7 +409,7 @@ def require_nothing_left(cluster: Cluster) -> None:
     assert not dispatcher._branches
     assert not scheduler.waiting
     assert (cluster._door.free, cluster._door.waiting) == (cluster._door.limit, 0)
-    assert not cluster._at_the_door
+    assert not cluster._reception.at_the_door
     assert not FlawedWriter.orders
     for stats in cluster.stats().replicas:
         assert (stats.running, stats.waiting, stats.pages_in_use, stats.pages_cached) == (0, 0, 0, 0)
@@ -451,6 +453,25 @@ async def test_nothing_is_lost_under_trio(
     llama: Path, expected: dict[str, list[Text]], flawed: None, anyio_backend: str
 ) -> None:
     await chaos(llama, expected, anyio_backend, requests=150, rounds=[A_FEW], every=20, seed=2)
+
+
+async def test_a_cluster_is_left_in_the_middle_of_it(llama: Path, flawed: None, anyio_backend: str) -> None:
+    before, tasks_before = anything_of_ours(), tasks(anyio_backend)
+    async with Cluster(llama, replicas=2, workers="process", policy="round-robin", **OPTIONS) as cluster:
+        streams = [cluster.stream("Once upon a time", max_tokens=100, ignore_eos=True) for _ in range(6)]
+        for stream in streams:
+            await anext(stream)
+        posts: Any = cluster._dispatcher.roster._posts
+        stopped, killed = posts[0].life, posts[1].life
+        os.kill(stopped.process_id, signal.SIGSTOP)
+        os.kill(killed.process_id, signal.SIGKILL)
+        await until(lambda: posts[1].life not in (killed, None))
+        # One stands still, the other one starts again, and somebody waits for each.
+    for stream in streams:
+        with pytest.raises(preble.ClusterStateError, match="the cluster was closed"):
+            await stream.finish()
+    assert anything_of_ours() == before
+    assert tasks(anyio_backend) == tasks_before
 
 
 @pytest.mark.long
