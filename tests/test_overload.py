@@ -414,7 +414,7 @@ def figures(mode: str, overload: Overload, goodput: float, saturated: float) -> 
     )
 
 
-def holds(mode: str, overload: Overload, goodput: float, text: str, *, wasted: float) -> None:
+def holds(mode: str, overload: Overload, text: str) -> None:
     """What must be so whatever the machine does meanwhile."""
     outcomes = overload.outcomes
     assert sum(outcomes.values()) == overload.arrived, f"somebody got no answer; {text}"
@@ -425,18 +425,12 @@ def holds(mode: str, overload: Overload, goodput: float, text: str, *, wasted: f
         assert all(0.01 <= one <= 60 and math.isfinite(one) for one in overload.suggestions), text
     else:
         assert outcomes["refused"] == 0, text
-        # Hardly anybody is let in who cannot finish in time.
-        assert outcomes["timed out, begun"] <= wasted * outcomes["served"] + MAX_PENDING, text
-        assert overload.patience is not None
     for queue in ("slots", "flights", "scheduler"):
         assert 0 < overload.most[queue] <= MAX_PENDING, f"{queue}; {text}"
     assert overload.most["engines"] <= 2 * MAX_PENDING, f"who is aborted leaves with the next step; {text}"
     assert overload.most["slots"] == MAX_PENDING, text
     # The scheduler's books of what was served within the window stay; of who was refused, see above.
     assert overload.blocks[-1] - overload.blocks[0] < 150 * outcomes["served"] + overload.arrived / 2, text
-    # By Little's law, max_pending / goodput is the mean time in the full system.
-    stays = sorted(overload.times)
-    assert stays[int(0.99 * len(stays))] <= 4 * MAX_PENDING / goodput, text
 
 
 @pytest.mark.parametrize("mode", ["refuse", "wait"])
@@ -444,7 +438,7 @@ async def test_overload(llama: Path, mode: str) -> None:
     overload, goodput, saturated = await overloaded(llama, mode, 6.0)
     text = figures(mode, overload, goodput, saturated)
     print(text)
-    holds(mode, overload, goodput, text, wasted=0.5)  # others use the machine, too, and timeouts do not know
+    holds(mode, overload, text)
 
 
 @pytest.mark.long
@@ -454,6 +448,12 @@ async def test_overload_for_a_minute(llama: Path, mode: str, workers: str) -> No
     overload, goodput, saturated = await overloaded(llama, mode, 60.0, workers=workers)
     text = f"{workers}, {figures(mode, overload, goodput, saturated)}"
     print(text)
-    holds(mode, overload, goodput, text, wasted=0.05)
+    holds(mode, overload, text)
+    # What follows takes a machine that nobody else uses.
     assert goodput >= 0.9 * saturated, text
+    # Hardly anybody is let in who cannot finish in time.
+    assert overload.outcomes["timed out, begun"] <= 0.05 * overload.outcomes["served"] + MAX_PENDING, text
+    # By Little's law, max_pending / goodput is the mean time in the full system.
+    stays = sorted(overload.times)
+    assert stays[int(0.99 * len(stays))] <= 4 * MAX_PENDING / goodput, text
     assert overload.resident[3] - overload.resident[0] < 32 * 1024, f"something grows; {text}"
