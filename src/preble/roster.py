@@ -181,11 +181,8 @@ class Roster:
     # Telling them something
 
     def send(self, number: int, command: Command) -> int:
-        """Tell a replica something before its next step; dropped where it is down.
-
-        Returns:
-            The command's number in the replica's life, from 1.
-        """
+        """Tell a replica something before its next step; dropped where it is down. Returns the command's number in the
+        replica's life, from 1."""
         post = self._posts.get(number)
         if post is None or post.life is None:
             return 0
@@ -295,8 +292,7 @@ class Roster:
         if post is None:
             return
         now = post.told_at = post.alive_at = time.monotonic()
-        post.stats = report.stats
-        post.taken = report.taken
+        post.stats, post.taken = report.stats, report.taken
         post.acknowledge(post.taken)
         if post.lifecycle.state == "probing":
             answers = [delta for delta in report.deltas if delta.request_id == PROBE]
@@ -324,8 +320,8 @@ class Roster:
         """Take a replica out, and start it again when its time has come."""
         now = time.monotonic()
         life, served = post.life, post.lifecycle.state == "serving"
-        assert life is not None
-        life.kill()
+        if life is not None:  # it could be started
+            life.kill()
         post.life, post.previous = None, life if life in self._lives else None
         post.last_error = f"{type(cause).__name__}: {cause}"
         post.acknowledge(float("inf"))
@@ -357,7 +353,6 @@ class Roster:
         if self._closed:
             return
         now = time.monotonic()
-        pause = min(self._hang_timeout / LOOKS, 1.0)
         # After a standstill of this process, what replicas told meanwhile may not be read yet.
         standstill = now - self._looked > self._hang_timeout / 2
         self._looked = now
@@ -366,7 +361,10 @@ class Roster:
             if cycle.state == "waiting" and post.previous is None:
                 if cycle.may_restart(now):
                     cycle.restarted(now)
-                    self._start(post)
+                    try:
+                        self._start(post)
+                    except Exception as error:  # there is no thread to be had, say
+                        self._fail(post, error)
                 else:
                     self._ticker.at(cycle.retry_at)
             elif cycle.state == "starting" and post.enlisted and now - cycle.since > self._start_timeout:
@@ -374,7 +372,7 @@ class Roster:
             elif cycle.state in ("serving", "probing"):
                 self._look_at(post, now, standstill)
         self._owner.time_passed(now)
-        self._ticker.at(now + pause)
+        self._ticker.at(now + min(self._hang_timeout / LOOKS, 1.0))
 
     def _look_at(self, post: Post, now: float, standstill: bool) -> None:
         busy = post.sent > post.taken or (post.enlisted and not self.paused and self._owner.is_busy(post.number))

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 import preble
@@ -14,6 +15,7 @@ from preble import Cluster, dispatcher
 from preble.engine.engine import Engine
 from preble.engine.messages import Submit
 from preble.replica import lifecycle
+from preble.replica.launch import Launcher
 
 pytestmark = pytest.mark.anyio
 
@@ -81,4 +83,24 @@ async def test_a_request_that_no_replica_can_even_take_in_fails_in_the_end(
         with pytest.raises(preble.ReplicaCrashed, match=r"was on 4 replicas when they failed.*poisoned"):
             await cluster.generate(PROMPTS[0], namespace="poison")
         assert len(deaths) == 4
+        assert len((await cluster.generate(PROMPTS[0], **SEEDED)).token_ids) == SEEDED["max_tokens"]
+
+
+async def test_a_restart_that_cannot_even_begin_is_tried_again(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "FIRST_DELAY", 0.01)
+    original, attempts = Launcher.start, []
+
+    def start(*args: Any) -> Any:
+        attempts.append(args)
+        if len(attempts) < 3:
+            raise RuntimeError("can't start new thread")
+        return original(*args)
+
+    async with Cluster(llama, replicas=2, **OPTIONS) as cluster:
+        monkeypatch.setattr(Launcher, "start", start)
+        roster = cluster._dispatcher.roster
+        roster._fail(roster._posts[0], RuntimeError("injected"))
+        while cluster.health().status != "ok":  # noqa: ASYNC110 - no event is set when this becomes true
+            await anyio.sleep(0.001)
+        assert len(attempts) == 3
         assert len((await cluster.generate(PROMPTS[0], **SEEDED)).token_ids) == SEEDED["max_tokens"]

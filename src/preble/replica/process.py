@@ -63,7 +63,11 @@ class ProcessReplica:
         self._alarm: _Alarm | None = None
         self._thread = threading.Thread(target=self._run, name=f"preble-replica-{self.number}", daemon=True)
         _living.add(self)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            _living.discard(self)
+            raise
 
     def send(self, command: Command) -> None:
         """Tell the engine something before its next step. After the end it is dropped."""
