@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -931,3 +932,72 @@ async def test_a_name_is_free_again_at_once_after_an_abort(llama: Path, monkeypa
         assert running.outputs[0].finish_reason == "abort"
         assert running.outputs[1].token_ids == tokens
         assert running.outputs[1].request_id == running.outputs[1].placement.request_id == "mine"
+
+
+# All of it
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 20))])
+async def test_in_any_order_of_operations_no_request_is_lost(llama: Path, seed: int) -> None:
+    """Replicas come, drain, crash and go, the cluster pauses and forgets, at random, while requests come and some of
+    them leave early: the others get what they would have got."""
+    rng = random.Random(seed)
+    prompts = PROMPTS * 5
+    tokens = await expected(llama, prompts, **LONG)
+    options = {"max_running": rng.choice([2, 8]), "policy": rng.choice(["round-robin", "e2"]), "kv_memory": "128KiB"}
+    async with serving(llama, replicas=3, **options) as cluster:
+        scheduler = cluster._dispatcher._scheduler
+        over = crashed = False
+
+        def numbers() -> list[int]:
+            return [one.replica for one in cluster.health().replicas]
+
+        async def remove() -> None:
+            with suppress(preble.InvalidRequest):  # it is the last one
+                await cluster.remove_replica(rng.choice(numbers()), timeout=rng.choice([0, 0.01, 10]))
+
+        async def drain() -> None:
+            if len(cluster._dispatcher._draining) + 1 < len(numbers()):
+                await cluster.drain_replica(rng.choice(numbers()))
+
+        async def crash_one() -> None:
+            nonlocal crashed
+            life = rng.choice(posts(cluster)).life
+            if life is not None and not crashed:  # once: who is on two replicas that crash is suspected
+                crashed = True
+                life._listener.failed(life, RuntimeError("injected"))
+
+        async def leave_early() -> None:
+            prompt, kind = rng.choice(PROMPTS), rng.randrange(3)
+            with anyio.CancelScope() as scope, suppress(preble.RequestFailed, preble.RequestTimeout):
+                async with cluster.stream(prompt, timeout=0.01 if kind == 0 else None, **LONG) as stream:
+                    async for _ in stream:
+                        if kind == 1:
+                            cluster.abort(stream.request_id)
+                        if kind == 2:
+                            scope.cancel()
+
+        async def operate() -> None:
+            calls = [
+                cluster.pause,
+                cluster.resume,
+                cluster.resume,
+                cluster.reset_prefix_cache,
+                leave_early,
+                leave_early,
+            ]
+            while not over:
+                few = len(numbers()) < 3
+                await rng.choice([*calls, cluster.add_replica if few else remove, remove, drain, crash_one])()
+                scheduler.check()
+                await anyio.sleep(rng.random() / 100)
+
+        async with load(cluster) as running, anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(operate)
+            for prompt in prompts:
+                running.add([prompt], **LONG)
+                await anyio.sleep(rng.random() / 100)
+            over = True
+            await cluster.resume()
+        assert running.tokens == tokens
