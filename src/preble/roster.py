@@ -120,9 +120,13 @@ class Roster:
             ]
             here = self._enlistment = Enlistment(posts)
             try:
-                for post in posts:
-                    self._posts[post.number] = post
-                    self._start(post)
+                try:
+                    for post in posts:
+                        self._posts[post.number] = post
+                        self._start(post)
+                except RuntimeError as error:  # there are no threads left, say
+                    here.error = error
+                    here.settled.set()
                 await here.settled.wait()
                 if here.error is not None:
                     raise _start_error(here.error)
