@@ -22,7 +22,7 @@ class Preble:
         self._portal = portal
         self._cluster = cluster
         self.versions = {"preble": preble.__version__, "torch": torch.__version__, "anyio": version("anyio")}
-        (replica,) = cluster.stats().replicas
+        (replica,) = portal.call(cluster.stats).replicas
         self.settings = {"dtype": "bfloat16", "attention": replica.attention, "workers": "thread"}
 
     def run(self, work: Work) -> Trace:
