@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,12 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+from watching import faulty_steps, health, until
 
 import preble
 from preble import Cluster
 from preble.engine.engine import Engine
 from preble.engine.source import EngineSource
-from preble.health import ReplicaHealth
 from preble.replica import lifecycle
 
 pytestmark = pytest.mark.anyio
@@ -36,31 +34,6 @@ def serving(model: Path, **options: Any) -> Cluster:
 async def undisturbed(model: Path, prompts: list[str], **options: Any) -> list[tuple[int, ...]]:
     async with serving(model) as cluster:
         return [output.token_ids for output in await cluster.generate_many(prompts, **options)]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Needs no time limit: a hang is the failure."""
-    while not condition():  # noqa: ASYNC110 - no event is set when this becomes true
-        await anyio.sleep(0.001)
-
-
-def health(cluster: Cluster, replica: int = 0) -> ReplicaHealth:
-    (found,) = (one for one in cluster.health().replicas if one.replica == replica)
-    return found
-
-
-@contextmanager
-def faulty_steps(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Engine], object]) -> Iterator[None]:
-    """Every engine calls `fault` before each of its steps."""
-    original = Engine.step
-
-    def step(engine: Engine) -> Any:
-        fault(engine)
-        return original(engine)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", step)
-        yield
 
 
 def requests_of(engine: Engine) -> set[str]:

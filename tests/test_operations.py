@@ -8,8 +8,8 @@ import random
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ import anyio.abc
 import anyio.from_thread
 import anyio.to_thread
 import pytest
+from watching import faulty_steps, health, until
 
 import preble
 from preble import Cluster
 from preble.engine.engine import Engine
 from preble.engine.source import EngineSource
-from preble.health import ReplicaHealth
 from preble.replica import lifecycle, thread
 
 pytestmark = pytest.mark.anyio
@@ -89,17 +89,6 @@ def engine_threads() -> list[threading.Thread]:
     return [one for one in threading.enumerate() if one.name.startswith("preble-")]
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Needs no time limit: a hang is the failure."""
-    while not condition():  # noqa: ASYNC110 - no event is set when this becomes true
-        await anyio.sleep(0.001)
-
-
-def health(cluster: Cluster, replica: int = 0) -> ReplicaHealth:
-    (found,) = (one for one in cluster.health().replicas if one.replica == replica)
-    return found
-
-
 def in_flight(cluster: Cluster) -> dict[int, int]:
     return {one.replica: one.in_flight for one in cluster.health().replicas}
 
@@ -162,20 +151,6 @@ async def paused_in_the_middle(
     await cluster.pause()
     # What the last steps told has been read: from here nothing moves.
     assert cluster.stats().pending == len(prompts)
-
-
-@contextmanager
-def faulty_steps(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Engine], object]) -> Iterator[None]:
-    """Every engine calls `fault` before each of its steps."""
-    original = Engine.step
-
-    def step(engine: Engine) -> Any:
-        fault(engine)
-        return original(engine)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", step)
-        yield
 
 
 class Loading:
