@@ -63,8 +63,7 @@ class Visitors:
 
 async def settle() -> None:
     """Everybody whose turn it is has moved."""
-    for _ in range(4):
-        await anyio.lowlevel.checkpoint()
+    await anyio.wait_all_tasks_blocked()
 
 
 @asynccontextmanager
