@@ -36,7 +36,11 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not long" --hypothesis-profile=repeatable $(PARALLEL)
 
-test-long: $(INSTALLED)
+$(VENV)/.fuzz: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[fuzz]' --constraint constraints.txt
+	@touch $@
+
+test-long: $(VENV)/.fuzz
 	$(BIN)/python -m pytest -m long
 
 lint: $(INSTALLED)

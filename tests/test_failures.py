@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from watching import faulty_steps, health, until
+from watching import faulty_steps, hanging_step, health, until
 
 import preble
 from preble import Cluster
@@ -100,14 +100,7 @@ async def test_a_stream_shows_no_seam(llama: Path, monkeypatch: pytest.MonkeyPat
 
 async def test_a_replica_that_hangs_is_replaced_once_it_is_gone(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = await undisturbed(llama, PROMPTS, **GREEDY)
-    hanging, go_on = threading.Event(), threading.Event()
-
-    def fault(engine: Engine) -> None:
-        if engine._replica == 0 and engine.generated_tokens >= 20 and not hanging.is_set():
-            hanging.set()
-            go_on.wait()
-
-    with faulty_steps(monkeypatch, fault):
+    with hanging_step(monkeypatch) as (hanging, go_on):
         async with serving(llama, hang_timeout=0.3) as cluster:
             outputs = await cluster.generate_many(PROMPTS, **GREEDY)
             assert [output.token_ids for output in outputs] == expected

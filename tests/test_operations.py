@@ -19,7 +19,7 @@ import anyio.abc
 import anyio.from_thread
 import anyio.to_thread
 import pytest
-from watching import faulty_steps, health, until
+from watching import faulty_steps, hanging_step, health, until
 
 import preble
 from preble import Cluster
@@ -645,14 +645,7 @@ async def test_a_replica_that_hangs_is_noticed_while_others_are_paused(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = await expected(llama, PROMPTS, **LONG)
-    hanging, go_on = threading.Event(), threading.Event()
-
-    def fault(engine: Engine) -> None:
-        if engine._replica == 0 and engine.generated_tokens >= 20 and not hanging.is_set():
-            hanging.set()
-            go_on.wait()
-
-    with faulty_steps(monkeypatch, fault):
+    with hanging_step(monkeypatch) as (hanging, go_on):
         async with serving(llama, hang_timeout=1.0) as cluster:
             async with load(cluster) as running:
                 running.add(PROMPTS, **LONG)
@@ -741,6 +734,21 @@ async def test_shutting_down_lets_those_finish_who_are_served(llama: Path) -> No
                 await cluster.shutdown()
         assert [running.outputs[number].token_ids for number in range(4)] == tokens
         assert {type(running.errors[number]) for number in (4, 5)} == {preble.ClusterStateError}
+        assert not engine_threads()
+
+
+async def test_no_thread_outlives_its_cluster(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = thread.ThreadReplica._run
+
+    def slow_to_end(replica: thread.ThreadReplica) -> None:
+        run(replica)
+        for _ in range(2000):
+            time.sleep(0)  # other threads run: the event loop is told of the end before it has come
+
+    monkeypatch.setattr(thread.ThreadReplica, "_run", slow_to_end)
+    for _ in range(5):
+        async with Cluster(llama, replicas=2, dtype="float32", kv_memory="1MiB") as cluster:
+            await cluster.remove_replica(1)
         assert not engine_threads()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,3 +38,18 @@ def faulty_steps(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Engine], obje
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", step)
         yield
+
+
+@contextmanager
+def hanging_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Replica 0 stands still in the middle of its work, once: the first event says that it does, the second lets it go
+    on."""
+    hanging, go_on = threading.Event(), threading.Event()
+
+    def fault(engine: Engine) -> None:
+        if engine._replica == 0 and engine.generated_tokens >= 20 and not hanging.is_set():
+            hanging.set()
+            go_on.wait()
+
+    with faulty_steps(monkeypatch, fault):
+        yield hanging, go_on

@@ -68,7 +68,6 @@ class Dispatcher:
         self._recoveries: deque[float] = deque(maxlen=RECOVERIES)
         self._pages: int | None = None
         """KV pages of each replica: all have as many, so that a request which fits one fits any."""
-        self._closed = False
         self._refilling = False
         """Whether `_refill` is about to be called."""
         self._restart_timeout = restart_timeout
@@ -225,7 +224,6 @@ class Dispatcher:
 
     def close(self, why: Callable[[str], PrebleError]) -> None:
         """End every request with an error and ask the replicas to end; `roster.join` waits for that."""
-        self._closed = True
         for flight in list(self._flights.values()):
             self.end(flight, why(flight.request_id))
         self.roster.stop()

@@ -218,10 +218,6 @@ class Roster:
         """All replicas that belong to the cluster, up or down."""
         return [post.number for post in self._posts.values() if post.enlisted]
 
-    def device(self, number: int) -> torch.device:
-        """Where a replica runs."""
-        return self._posts[number].device
-
     def stats(self) -> list[ReplicaStats]:
         """Every replica as of its last step."""
         return [post.stats for post in self._posts.values() if post.enlisted and post.stats is not None]
@@ -346,6 +342,7 @@ class Roster:
         enlistment.settled.set()
 
     def _ended(self, replica: Replica) -> None:
+        replica.join()  # saying so was the last that its thread did; whoever waits for the cluster's end sees it gone
         self._lives.discard(replica)
         post = self._posts.get(replica.number)
         if post is not None and post.previous is replica:

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing, where atheris is installed (`pip install atheris`); nothing else needs it."""
+"""Coverage-guided fuzzing with atheris, which `make test-long` installs (`preble[fuzz]`); nothing else needs it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ RUNS = {"frames": 2_000_000, "messages": 1_000_000, "templates": 50_000, "config
 
 
 @pytest.mark.long
-@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("atheris") is None,
+    reason="atheris (preble[fuzz]) is not installed; it is not there for every Python",
+)
 @pytest.mark.parametrize("target", RUNS)
 def test_coverage_guided(target: str, tmp_path: Path) -> None:
     for number, seed in enumerate(SEEDS[target]):
