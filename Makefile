@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 JOBS ?= auto
 PARALLEL := --numprocesses $(JOBS) --maxprocesses 4
 
-.PHONY: help install demo test test-long lint bench bench-sched bench-fidelity bench-sim bench-workers clean
+.PHONY: help install demo test test-long lint docs bench bench-sched bench-fidelity bench-sim bench-workers clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test            install, then run the test suite"
 	@echo "make test-long       the slow rest of the test suite"
 	@echo "make lint            ruff and mypy"
+	@echo "make docs            these pages and the API reference as a site in docs/_build/html"
 	@echo "make bench           the engine against transformers (and llama.cpp where it is installed)"
 	@echo "make bench-sched     the scheduler by itself (beside Dynamo's and Ray's where PEER_PYTHON has them)"
 	@echo "make bench-fidelity  the simulator against a real run of the CPU engine, on an idle machine"
@@ -48,6 +49,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -W --keep-going -n -q docs docs/_build/html
+	@echo "==> docs/_build/html/index.html"
+
 bench: $(INSTALLED)
 	$(BIN)/python -m preble bench engine --json bench-results/engine.json
 
@@ -64,4 +69,4 @@ bench-workers: $(INSTALLED)
 	$(BIN)/python -m preble bench workers --json bench-results/workers.json
 
 clean:
-	rm -rf $(VENV) bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) bench-results docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

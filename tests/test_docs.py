@@ -1,39 +1,101 @@
-"""The documentation is true: its examples run, and its tables name every public thing with its real default."""
+"""The pages are true: every example in them runs, and what they name exists.
+
+Links between the pages under docs/ are checked when the site is built (test_site.py), those of a git host here.
+"""
 
 from __future__ import annotations
 
 import ast
 import inspect
-import math
+import io
+import json
 import re
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+import shlex
+import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
-import preble
-from preble.cli import make_parser
+from preble.cli import main, make_parser
 from preble.demo_model import write_demo_model
-from preble.sampling import REQUEST_OPTIONS
 from preble.sched import POLICIES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-API = (ROOT / "docs" / "api.md").read_text()
+PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)]
 README = (ROOT / "README.md").read_text()
 
+SHELL = ("bash", "console", "sh")
+DATA = ("json", "toml")
+PROSE = {
+    ("docs/architecture.md", "app              await cluster.generate("): "a drawing of who does what",
+    ("docs/operations.md", "# server.py, run as: uvicorn server:app"): "a file of its own, for a web server",
+    ("docs/testing-schedulers.md", "explain said"): "what the test above prints",
+}
+"""Blocks in no language that a test runs or reads, by page and the start of their first line, and why there are any."""
 
-def examples() -> list[Any]:
-    """Every python block, with the page and line where it begins."""
+FEW = {"sim": ["--requests", "40"], "plan": ["--requests", "40"], "study": [], "generate": ["--max-tokens", "4"]}
+"""Commands that are run, and what is added to their arguments, so that it is soon done."""
+ONLY_PARSED = {
+    "demo": "seconds of computing, in tests/cli",
+    "chat": "interactive, in tests/cli",
+    "bench": "minutes, in tests/bench",
+}
+"""Commands of which a real run is elsewhere, and where. Here the parser takes their arguments."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    """Where its first line is."""
+    language: str
+    source: str
+
+    @property
+    def place(self) -> str:
+        """For messages and names of tests."""
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def fenced(page: Path) -> list[Block]:
+    """Every fenced block of a page, in a list or not."""
+    found: list[Block] = []
+    fence, start, language, indent = "", 0, "", 0
+    lines = page.read_text().splitlines()
+    for number, line in enumerate(lines):
+        mark = re.match(r"(\s*)(`{3,}|~{3,})\s*(.*?)\s*$", line)
+        if mark and not fence:
+            indent, fence, language, start = len(mark[1]), mark[2], mark[3], number + 1
+        elif mark and mark[2].startswith(fence) and not mark[3]:
+            source = "".join(f"{one[indent:]}\n" for one in lines[start:number])
+            found.append(Block(page, start + 1, language, source))
+            fence = ""
+    assert not fence, f"{page.name}: the block that begins in line {start} has no end"
+    return found
+
+
+BLOCKS = [block for page in PAGES for block in fenced(page)]
+
+
+def of(*languages: str) -> list[Any]:
+    """The blocks in these languages, as parameters."""
+    return [pytest.param(block, id=block.place) for block in BLOCKS if block.language in languages]
+
+
+def shell_lines() -> list[Any]:
+    """The commands of all shell blocks. Where some lines begin with `$`, the others are what they print."""
     found = []
-    for page in PAGES:
-        text = page.read_text()
-        for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-            line = text.count("\n", 0, block.start(1)) + 1
-            found.append(pytest.param(page, line, block[1], id=f"{page.name}:{line}"))
+    for block in BLOCKS:
+        if block.language in SHELL:
+            lines = block.source.replace("\\\n", "").splitlines()
+            typed = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+            for command in typed or [line for line in lines if line.strip()]:
+                found.append(pytest.param(command, id=f"{block.place} {command[:50]}"))
     return found
 
 
@@ -54,15 +116,34 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def workplace(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory but for the files that examples read: a model and two traces."""
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "model").symlink_to(model)
+    prompts = [
+        {"t": n / 4, "text": f"You are a helpful assistant. Question {n}?", "output_tokens": 8} for n in range(8)
+    ]
+    hashes = [{"timestamp": n, "input_length": 900, "output_length": 4, "hash_ids": [0, n]} for n in range(1, 9)]
+    for name, lines in {"prompts.jsonl": prompts, "mooncake.jsonl": hashes}.items():
+        (tmp_path / name).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Blocks
+
+
 def test_there_are_examples() -> None:
-    assert len(examples()) >= 8
+    assert len(of("python")) >= 20
+    assert len(shell_lines()) >= 8
 
 
-@pytest.mark.parametrize(("page", "line", "source"), examples())
-def test_an_example_runs(page: Path, line: int, source: str, model: Path) -> None:
+@pytest.mark.parametrize("block", of("python"))
+def test_an_example_runs(block: Block, workplace: Path) -> None:
     # Blank lines in front, so that a traceback shows the page's own line numbers.
-    source = "\n" * (line - 1) + source.replace("path/to/model", str(model))
-    code = compile(source, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    source = "\n" * (block.line - 1) + block.source
+    code = compile(source, str(block.page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     if not code.co_flags & inspect.CO_COROUTINE:
         exec(code, namespace)
@@ -74,107 +155,88 @@ def test_an_example_runs(page: Path, line: int, source: str, model: Path) -> Non
     anyio.run(run)
 
 
-def test_every_public_name_is_described() -> None:
-    names = [*preble.__all__, *POLICIES]
-    assert [name for name in names if f"`{name}`" not in API and name != "__version__"] == []
+@pytest.mark.parametrize("command", shell_lines())
+def test_a_command_works(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(command, comments=True)
+    while words and re.fullmatch(r"\w+=\S*", words[0]):  # environment
+        del words[0]
+    match words:
+        case ["python", "-m", "preble", *arguments] | ["preble", *arguments]:
+            run_preble(arguments, monkeypatch)
+        case ["make", *targets]:
+            for target in targets:
+                assert "=" in target or is_target(target), target
+        case [("python" | "pip") as program, *arguments] if "install" in arguments:
+            assert program == "pip" or arguments[:2] == ["-m", "pip"]
+        case ["python", "-m", "pytest", *arguments]:
+            paths = [word for word in arguments if word.startswith("tests")]
+            assert paths
+            assert all((ROOT / path).exists() for path in paths)
+        case ["python", script, *_] if script.startswith("examples/"):  # run by tests/test_examples.py
+            assert (ROOT / script).exists()
+        case ["python", "-m", "asyncio"]:
+            pass
+        case _:
+            pytest.fail(f"nothing here knows how to check this command: {command}")
 
 
-def test_the_arguments_of_a_cluster_are_those_of_the_table() -> None:
-    parameters = dict(inspect.signature(preble.Cluster).parameters)
-    table = rows(API, "Arguments")
-    assert list(table) == list(parameters)
-    for name, (default, _) in table.items():
-        assert ast.literal_eval(default.strip("`")) == parameters[name].default, name
+def run_preble(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command of ours with few requests or tokens, or, where `ONLY_PARSED` has it, parse it."""
+    if "--help" in arguments or "--version" in arguments:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(arguments)
+        return
+    args = make_parser().parse_args(arguments)
+    if args.command in ONLY_PARSED:
+        return
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time"))
+    assert main([*arguments, *FEW[args.command]]) in (0, 1 if args.command == "plan" else 0)
 
 
-def test_the_options_of_generate_are_those_of_the_table() -> None:
-    parameters = inspect.signature(preble.Cluster.generate).parameters
-    assert [name.lstrip("*") for name in rows(API, "generate")] == list(parameters)[1:]
+@pytest.mark.parametrize("block", of(*DATA))
+def test_data_can_be_read(block: Block) -> None:
+    if block.language == "toml":
+        assert tomllib.loads(block.source)
+        return
+    try:
+        json.loads(block.source)
+    except json.JSONDecodeError:  # JSON lines
+        for line in block.source.splitlines():
+            assert isinstance(json.loads(line), dict)
 
 
-def test_a_misspelt_option_finds_every_option_there_is() -> None:
-    parameters = set(inspect.signature(preble.Cluster.generate).parameters)
-    assert parameters - {"self", "prompt", "options"} == REQUEST_OPTIONS
+def test_every_other_block_is_known_to_be_prose() -> None:
+    """So that nothing escapes by its language. What begins with a brace is a directive, which the site's build runs."""
+    checked = ("python", *SHELL, *DATA)
+    others = [block for block in BLOCKS if block.language not in checked and not block.language.startswith("{")]
+    unused = dict(PROSE)
+    for block in others:
+        page, first = str(block.page.relative_to(ROOT)), block.source.splitlines()[0]
+        (known,) = [key for key in PROSE if key[0] == page and first.startswith(key[1])] or [None]
+        assert known is not None, f"{block.place} is in no language that is checked: {first!r}"
+        unused.pop(known, None)
+    assert not unused
 
 
-@pytest.mark.parametrize("kind", [preble.Cluster, preble.Stream])
-def test_every_method_is_described(kind: type) -> None:
-    for name in vars(kind):
-        if not name.startswith("_"):
-            assert re.search(rf"\b(?:cluster|stream)\.{name}\b", API), name
+# What pages name
 
 
-def test_the_sampling_fields_are_those_of_the_table() -> None:
-    table = rows(API, "SamplingParams")
-    assert list(table) == [field.name for field in fields(preble.SamplingParams)]
-    for field in fields(preble.SamplingParams):
-        assert ast.literal_eval(table[field.name][0].strip("`")) == field.default, field.name
+def is_target(name: str) -> bool:
+    """Whether the Makefile has it."""
+    return re.search(rf"^{re.escape(name)}:", (ROOT / "Makefile").read_text(), re.MULTILINE) is not None
 
 
-@pytest.mark.parametrize(("edge", "beyond"), [("low", -1), ("high", 1)])
-def test_the_ranges_of_the_sampling_table_are_enforced(edge: str, beyond: int) -> None:
-    """Numbers at the edge are taken, the next ones beyond it are not."""
-    numbers = r"(?:from )?(?P<low>-?[\d.]+)(?: to (?P<high>2\^63 - 1|-?[\d.]+))?"
-    table = rows(API, "SamplingParams")
-    tried = 0
-    for field in fields(preble.SamplingParams):
-        found = re.match(numbers, table[field.name][1])
-        text = found and found[edge]
-        if text:
-            limit = 2**63 - 1 if "^" in text else ast.literal_eval(text)
-            over = math.nextafter(limit, beyond * math.inf) if isinstance(field.default, float) else limit + beyond
-            preble.SamplingParams(**{field.name: limit})
-            with pytest.raises(preble.InvalidRequest, match=field.name):
-                preble.SamplingParams(**{field.name: over})
-            tried += 1
-    assert tried >= 6
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_targets_and_extras_in_the_text_exist(page: Path) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = page.read_text()
+    for target in re.findall(r"`make ([\w-]+)", text):
+        assert is_target(target), target
+    for names in re.findall(r"preble\[([\w,-]+)\]", text):
+        assert set(names.split(",")) <= set(extras), names
 
 
-@pytest.mark.parametrize("kind", [getattr(preble, name) for name in preble.__all__ if name != "__version__"])
-def test_every_field_is_described(kind: type) -> None:
-    if is_dataclass(kind):
-        properties = [name for name, value in vars(kind).items() if isinstance(value, property)]
-        for name in [*(field.name for field in fields(kind)), *properties]:
-            assert f"`{name}`" in API, name
-
-
-def test_the_errors_derive_as_the_table_says() -> None:
-    errors = {
-        name: kind
-        for name in preble.__all__
-        if isinstance(kind := getattr(preble, name), type) and issubclass(kind, Exception)
-    }
-    table = rows(API, "Errors")
-    assert set(table) == set(errors)
-    known: Mapping[str, Any] = {**vars(__import__("builtins")), **errors}
-    for name, (parents, _) in table.items():
-        for parent in re.findall(r"`(\w+)`", parents):
-            assert issubclass(errors[name], known[parent]), (name, parent)
-
-
-def test_the_policies_are_those_of_the_tables() -> None:
-    assert list(rows(API, "Placement policies")) == list(POLICIES)
-    assert all(f"`{name}`" in rows(README, "What is supported")["placement policies"][0] for name in POLICIES)
-
-
-def test_the_methods_of_the_scheduler_are_described() -> None:
-    from preble.sched import GlobalScheduler
-
-    section = API.partition("## The scheduler by itself")[2]
-    missing = [name for name in vars(GlobalScheduler) if not name.startswith("_") and f"`{name}" not in section]
-    assert missing == []
-
-
-@pytest.mark.parametrize("command", ["demo", "generate", "chat"])
-def test_every_option_of_a_command_is_described(command: str) -> None:
-    section = API.partition("## Command line")[2]
-    (commands,) = (action.choices for action in make_parser()._actions if isinstance(action.choices, dict))
-    for action in commands[command]._actions:
-        for option in action.option_strings:
-            assert option == "-h" or f"`{option}`" in section, option
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith("https://"):
@@ -185,3 +247,18 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], target
+
+
+def test_the_policies_are_those_of_the_tables() -> None:
+    reference = (ROOT / "docs" / "reference" / "policies.md").read_text()
+    assert list(rows(reference, "Placement policies")) == list(POLICIES)
+    assert all(f"`{name}`" in rows(README, "What is supported")["placement policies"][0] for name in POLICIES)
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "chat"])
+def test_every_option_of_a_command_is_described(command: str) -> None:
+    page = (ROOT / "docs" / "reference" / "command-line.md").read_text()
+    (commands,) = (action.choices for action in make_parser()._actions if isinstance(action.choices, dict))
+    for action in commands[command]._actions:
+        for option in action.option_strings:
+            assert option == "-h" or f"`{option}`" in page, option
