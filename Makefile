@@ -7,6 +7,12 @@ INSTALLED := $(VENV)/.installed
 JOBS ?= auto
 PARALLEL := --numprocesses $(JOBS) --maxprocesses 4
 
+# What a shell has set up for another environment has no say in this one.
+unexport PYTHONHOME PYTHONPATH PYTHONSTARTUP PYTHONUSERBASE VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER
+# Modules are compiled when they are first imported: most of torch's and transformers' never are, and to compile all of
+# them would take half of the installation.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
+
 .PHONY: help install demo test test-long lint docs bench bench-sched bench-fidelity bench-sim bench-workers clean
 .DEFAULT_GOAL := help
 
@@ -22,29 +28,39 @@ help:
 	@echo "make bench-workers   worker processes against threads on the CPU, on an idle machine"
 	@echo "make bench-sim       the policies against each other in simulation (GRID=quick, full or paper; TRACES=files)"
 
+# `.installing` is there until it has succeeded once: what was interrupted before is thrown away by the next one.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Preble needs Python 3.11 or newer; try: make PYTHON=python3.12"; exit 1; }
-	@echo "==> installing into $(VENV) (about 2 GB, once)"
+	@test ! -e $(VENV)/.installing || { echo "==> an installation was interrupted: starting it over"; rm -rf $(VENV); }
+	@echo "==> creating $(VENV)"
+	@mkdir -p $(VENV) && { test -e $@ || touch $(VENV)/.installing; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
-	@touch $@
+	@echo "==> installing into $(VENV): one to two minutes and about 2 GB, once; to unpack it takes pip half a minute without a word"
+	$(PIP) --editable '.[dev]'
+	@touch $@ && rm -f $(VENV)/.installing
+	@echo "==> installed"
 
 install: $(INSTALLED)
 
 demo: $(INSTALLED)
+	@echo "==> demo"
 	$(BIN)/python -m preble demo
 
 test: $(INSTALLED)
+	@echo "==> tests: under ten minutes on two cores; 'make test-long' runs the slow rest"
 	$(BIN)/python -m pytest -m "not long" --hypothesis-profile=repeatable $(PARALLEL)
 
 $(VENV)/.fuzz: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --editable '.[fuzz]' --constraint constraints.txt
+	@echo "==> installing what fuzzing needs"
+	$(PIP) --editable '.[fuzz]'
 	@touch $@
 
 test-long: $(VENV)/.fuzz
+	@echo "==> the slow rest of the tests: hours"
 	$(BIN)/python -m pytest -m long
 
 lint: $(INSTALLED)
+	@echo "==> ruff and mypy"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
