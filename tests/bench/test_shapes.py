@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preble.bench import shapes
 from preble.bench.peers.gguf_file import bf16_tensors, gguf_name, interleave_rope
-from preble.bench.shapes import SHAPES, Shape, write_checkpoint
+from preble.bench.shapes import SHAPES, SMALL, Shape, write_checkpoint
 
 TINY = Shape("tiny", 64, 2, heads=4, kv_heads=2, intermediate=96, vocabulary=3000, tied=False)
 
@@ -23,7 +23,18 @@ def test_parameter_counts(name: str, millions: float) -> None:
     assert SHAPES[name].parameters / 1e6 == pytest.approx(millions, abs=0.1)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_small_shape_is_what_its_name_says_in_fp32(tmp_path: Path) -> None:
+    assert SMALL.name == "2m"
+    assert SMALL.parameters / 1e6 == pytest.approx(2, abs=0.1)
+    write_checkpoint(SMALL, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    with safe_open(file, "pt") as stored:
+        weights = [stored.get_tensor(name) for name in stored.keys()]  # noqa: SIM118, not a dict
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    assert sum(weight.nbytes for weight in weights) == SMALL.nbytes == 4 * SMALL.parameters
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), SMALL], ids=[*SHAPES, SMALL.name])
 def test_heads_fill_the_hidden_size(shape: Shape) -> None:
     assert shape.heads * shape.head_dim == shape.hidden
     assert shape.heads % shape.kv_heads == 0

@@ -108,13 +108,13 @@ def test_each_round_is_compared_within_itself() -> None:
     processes = [
         replace(one, throughput=one.throughput * 0.9, step=one.step + 5e-4, ttft=one.ttft * 2) for one in slower
     ]
-    comparison = Comparison("demo", {"thread": slower, "process": processes}, {})
+    comparison = Comparison("2m", {"thread": slower, "process": processes}, {})
     assert comparison.throughput == pytest.approx(0.9)
     assert comparison.step == pytest.approx(5e-4)
     assert comparison.ttft == pytest.approx(2.0)
     assert [met for *_, met in comparison.verdicts] == [False, True, True]
     late = replace(MEASURED, longest_turn=0.011)
-    assert [met for *_, met in Comparison("demo", {"thread": [late], "process": [MEASURED]}, {}).verdicts] == [
+    assert [met for *_, met in Comparison("2m", {"thread": [late], "process": [MEASURED]}, {}).verdicts] == [
         True,
         True,
         False,
@@ -130,7 +130,7 @@ def test_messages_cost_something() -> None:
 
 def test_the_command_runs_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "results" / "workers.json"
-    arguments = "--model demo --rounds 2 --requests 4 --prompt-tokens 16 --new-tokens 6"
+    arguments = "--model 2m --rounds 2 --requests 4 --prompt-tokens 16 --new-tokens 6"
     assert main(["bench", "workers", *arguments.split(), "--json", str(file)]) == 0
     shown = capsys.readouterr().out
     assert "\x1b" not in shown

@@ -13,7 +13,7 @@ CONTEXT = 4096
 """`max_position_embeddings` of every checkpoint written here."""
 SHARD_BYTES = 256 << 20
 """A shard is closed before it grows past this; memory while writing stays below it, but for one larger tensor."""
-BYTES_PER_WEIGHT = 2
+BYTES_PER_WEIGHT = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,13 @@ class Shape:
     vocabulary: int
     tied: bool
     """Whether the output projection is the embedding."""
+    dtype: str = "bfloat16"
+    """Of the weights: a key of `BYTES_PER_WEIGHT`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return self.parameters * BYTES_PER_WEIGHT[self.dtype]
 
     @property
     def head_dim(self) -> int:
@@ -79,7 +86,7 @@ class Shape:
             "rope_theta": 10_000.0,
             "max_position_embeddings": CONTEXT,
             "tie_word_embeddings": self.tied,
-            "torch_dtype": "bfloat16",
+            "torch_dtype": self.dtype,
             "bos_token_id": None,
             "eos_token_id": None,
         }
@@ -94,10 +101,13 @@ SHAPES = {
         Shape("0.5b", 896, 24, heads=14, kv_heads=2, intermediate=4864, vocabulary=151_936, tied=True),
     )
 }
+"""What the engine is compared with others on."""
+SMALL = Shape("2m", 192, 4, heads=6, kv_heads=2, intermediate=512, vocabulary=1024, tied=False, dtype="float32")
+"""For what is measured around the engine: its own work is next to nothing, and a CPU answers many requests a second."""
 
 
 def write_checkpoint(shape: Shape, folder: Path, seed: int = 0) -> None:
-    """Write config, tokenizer and bf16 weights into an existing folder: the same bytes for the same seed.
+    """Write config, tokenizer and weights into an existing folder: the same bytes for the same seed.
 
     Matrices are normal with the deviation that keeps activations of order one, norms are one.
     """
@@ -107,28 +117,29 @@ def write_checkpoint(shape: Shape, folder: Path, seed: int = 0) -> None:
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=2))
     _write_tokenizer(shape.vocabulary, folder)
     generator = torch.Generator().manual_seed(seed)
-    shards = _shards(shape.tensors())
+    shards = _shards(shape)
+    dtype: torch.dtype = getattr(torch, shape.dtype)
     home: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         weights: dict[str, torch.Tensor] = {}
         for name, size in shard.items():
-            weight = torch.empty(size, dtype=torch.bfloat16)
+            weight = torch.empty(size, dtype=dtype)
             weights[name] = (
                 weight.fill_(1) if len(size) == 1 else weight.normal_(0, size[1] ** -0.5, generator=generator)
             )
             home[name] = file
         save_file(weights, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": shape.parameters * BYTES_PER_WEIGHT}, "weight_map": home}
+    index = {"metadata": {"total_size": shape.nbytes}, "weight_map": home}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _shards(tensors: dict[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
-    """The tensors in order, cut into files."""
+def _shards(shape: Shape) -> list[dict[str, tuple[int, ...]]]:
+    """Its tensors in order, cut into files."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
-    for name, size in tensors.items():
-        nbytes = math.prod(size) * BYTES_PER_WEIGHT
+    for name, size in shape.tensors().items():
+        nbytes = math.prod(size) * BYTES_PER_WEIGHT[shape.dtype]
         if shards[-1] and filled + nbytes > SHARD_BYTES:
             shards.append({})
             filled = 0

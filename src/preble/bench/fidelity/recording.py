@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -12,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preble.bench.fidelity.requests import FIRST_TOKEN, prompt_ids
+from preble.bench.shapes import SMALL, write_checkpoint
 from preble.cluster import Cluster
-from preble.demo_model import VOCABULARY
 from preble.engine.messages import Ready, StepReport
 from preble.outputs import GenerationOutput
 from preble.replica.base import Listener, Replica
@@ -31,7 +34,8 @@ WARM_UP_TOKENS = 64
 class Fleet:
     """The replicas of a recording."""
 
-    model: str = "demo"
+    model: str = SMALL.name
+    """The shape of the checkpoint, whose weights are random."""
     replicas: int = 2
     policy: str = "e2"
     order: str = "hrrn"
@@ -41,19 +45,23 @@ class Fleet:
     max_batched_tokens: int = 512
     seed: int = 0
 
-    def cluster(self) -> Cluster:
-        """The real thing, on the CPU."""
-        return Cluster(
-            self.model,
-            replicas=self.replicas,
-            devices=["cpu"],
-            policy=self.policy,
-            local_order=self.order,
-            page_size=self.page_size,
-            kv_memory=self.kv_memory,
-            max_batched_tokens=self.max_batched_tokens,
-            seed=self.seed,
-        )
+    @asynccontextmanager
+    async def cluster(self) -> AsyncIterator[Cluster]:
+        """The real thing, running on the CPU; its checkpoint exists only meanwhile."""
+        with tempfile.TemporaryDirectory(prefix="preble-bench-") as folder:
+            write_checkpoint(SMALL, Path(folder))
+            async with Cluster(
+                folder,
+                replicas=self.replicas,
+                devices=["cpu"],
+                policy=self.policy,
+                local_order=self.order,
+                page_size=self.page_size,
+                kv_memory=self.kv_memory,
+                max_batched_tokens=self.max_batched_tokens,
+                seed=self.seed,
+            ) as cluster:
+                yield cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +186,7 @@ class Tap:
 
 async def record(fleet: Fleet, trace: Trace, *, at_once: bool = False, advance: Callable[[], None]) -> Recording:
     """Send a trace's requests to a new cluster at their times, or all of them at once; calls `advance` per answer."""
-    prompts = [prompt_ids(trace, one, VOCABULARY) for one in trace.requests]
+    prompts = [prompt_ids(trace, one, SMALL.vocabulary) for one in trace.requests]
     outputs: dict[int, GenerationOutput] = {}
     sent = [0.0] * len(prompts)
     async with fleet.cluster() as cluster:
@@ -233,5 +241,5 @@ async def _warm_up(cluster: Cluster) -> None:
     """Until every replica has computed something. In a namespace of its own: others share nothing with it."""
     generator = np.random.default_rng(0)
     for _ in range(WARM_UPS):
-        prompt = generator.integers(FIRST_TOKEN, VOCABULARY, WARM_UP_TOKENS, dtype=np.int32)
+        prompt = generator.integers(FIRST_TOKEN, SMALL.vocabulary, WARM_UP_TOKENS, dtype=np.int32)
         await cluster.generate(prompt, max_tokens=4, temperature=0.0, ignore_eos=True, namespace="warm-up")

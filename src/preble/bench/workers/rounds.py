@@ -62,7 +62,7 @@ async def measure(
     """Both clusters stay open and answer the same prompts one after the other; who is first changes with each round.
 
     Args:
-        model: a checkpoint folder, or `"demo"`.
+        model: a checkpoint folder.
         vocabulary: token ids of the prompts are below.
         turns: notes those of the event loop that this runs in.
         advance: called after each turn of a cluster.

@@ -17,14 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from preble.bench.report import machine
-from preble.bench.shapes import SHAPES, write_checkpoint
+from preble.bench.shapes import SHAPES, SMALL, write_checkpoint
 from preble.bench.workers.comparison import Comparison, table, verdicts
 from preble.bench.workers.loop_turns import LoopTurns
 from preble.bench.workers.messages import message_costs
 from preble.bench.workers.rounds import REPLICAS, WORKERS, Work, measure
-from preble.demo_model import VOCABULARY
 from preble.progress import progress_bar
 
+MODELS = {SMALL.name: SMALL, **SHAPES}
 BUSY = 0.25
 """Load average per core from which numbers are called unreliable."""
 FILE_WIDTH = 150
@@ -34,7 +34,7 @@ FILE_WIDTH = 150
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "--model", choices=("demo", *SHAPES), default="100m", help="a shape with random weights (default: %(default)s)"
+        "--model", choices=MODELS, default="100m", help="a shape with random weights (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of each kind (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=16, metavar="N", help="at once (default: %(default)s)")
@@ -87,9 +87,7 @@ def _compare(model: str, work: Work, rounds: int) -> Comparison:
         tempfile.TemporaryDirectory(prefix="preble-bench-") as folder,
         progress_bar(rounds * len(WORKERS), shown=True, label="rounds") as advance,
     ):
-        where, vocabulary = "demo", VOCABULARY
-        if model != "demo":
-            write_checkpoint(SHAPES[model], Path(folder))
-            where, vocabulary = folder, SHAPES[model].vocabulary
-        found = turns.run(lambda: measure(where, work, rounds, vocabulary, turns, advance))
+        shape = MODELS[model]
+        write_checkpoint(shape, Path(folder))
+        found = turns.run(lambda: measure(folder, work, rounds, shape.vocabulary, turns, advance))
     return Comparison(model, found, message_costs(work.requests // REPLICAS or 1, work.prompt_tokens))
