@@ -8,7 +8,7 @@ import preble
 sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 project = "Preble"
-author = "The Preble developers"
+author = copyright = "The Preble developers"
 version = release = preble.__version__
 language = "en"
 
@@ -19,9 +19,8 @@ exclude_patterns = ["_build", "_extensions"]
 myst_heading_anchors = 4
 
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True}
 python_use_unqualified_type_names = True
-maximum_signature_line_length = 90
+maximum_signature_line_length = 120
 
 # Names of other projects, for which intersphinx would need the network, and a type variable.
 nitpick_ignore_regex = [
@@ -31,8 +30,6 @@ nitpick_ignore_regex = [
 ]
 
 html_theme = "furo"
-suppress_warnings = ["toc.empty_glob"]
-
 html_title = f"Preble {version}"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]

@@ -18,7 +18,7 @@ class PrebleError(Exception):
 
 
 class InvalidRequest(PrebleError, ValueError):
-    """A prompt, sampling value or hint cannot be served. Raised before any work is queued."""
+    """A prompt, option or argument cannot be served. Raised before any work is queued."""
 
 
 class UnknownOption(InvalidRequest, TypeError):
@@ -42,24 +42,27 @@ class DeviceError(PrebleError):
 
 
 class ClusterStateError(PrebleError, RuntimeError):
-    """A cluster was used before `async with` entered it, after it left, or was entered twice."""
+    """A cluster was used before `async with` entered it, after it left, in another event loop, or was entered twice; or
+    it was left while the request ran."""
 
 
 class ClusterOverloaded(PrebleError, RuntimeError):
-    """`max_pending` requests are in flight, and `Cluster(overload="refuse")` lets nobody wait. `retry_after` suggests
-    in how many seconds to try again, from how fast requests end: between 0.01 and 60, later for each one refused."""
+    """`max_pending` requests are in flight, and `Cluster(overload="refuse")` lets nobody wait."""
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        """In how many seconds to try again, from how fast requests end: between 0.01 and 60, later for each one
+        refused."""
 
 
 class RequestTimeout(PrebleError, TimeoutError):
-    """The request's `timeout` passed. `partial` holds what had been generated, `None` before the first token."""
+    """The request's `timeout` passed, waiting included."""
 
     def __init__(self, message: str, partial: GenerationOutput | None = None) -> None:
         super().__init__(message)
         self.partial = partial
+        """What had been generated; `None` before the first token."""
 
 
 class RequestFailed(PrebleError, RuntimeError):
@@ -67,7 +70,9 @@ class RequestFailed(PrebleError, RuntimeError):
 
 
 class ReplicaCrashed(PrebleError, RuntimeError):
-    """The replica that ran the request stopped on an internal error; the cause is chained."""
+    """The request was on several replicas when they failed, and may be the cause; or none came up within
+    `restart_timeout`; or a replica could not be started. What failed last is in the message, and chained where it is
+    known."""
 
 
 def shown(value: object) -> str:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 ReplicaState: TypeAlias = Literal["probing", "serving", "draining", "restarting", "broken"]
-"""`probing`: started again, and answering a request of the cluster's own before any other; `restarting`: failed, and to
-be started again soon; `broken`: failed several times in a row, and tried again now and then."""
+"""How a replica is: `ReplicaHealth.state` says what each means."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +14,13 @@ class ReplicaHealth:
     """One replica, now."""
 
     replica: int
+    """Its number."""
     device: str
+    """Its torch device."""
     state: ReplicaState
+    """`serving`; `draining`: given nothing more; `restarting`: failed, and to be started again soon; `probing`: started
+    again, and answering a request of the cluster's own before any other; `broken`: failed several times in a row, and
+    tried again now and then."""
     seconds: float
     """For how long it has been in this state; draining is part of serving."""
     process_id: int | None
@@ -26,8 +30,9 @@ class ReplicaHealth:
     last_report: float
     """Seconds since it last told something."""
     failures: int
-    """In a row: service for half a minute makes them forgotten."""
+    """How often it failed in a row: service for half a minute makes that forgotten."""
     restarts: int
+    """How often it was started again since it was added."""
     last_error: str | None
     """Why it failed the last time."""
     retry_in: float | None
@@ -41,8 +46,10 @@ class ClusterHealth:
     status: Literal["ok", "degraded", "down"]
     """`ok`: every replica serves or drains; `degraded`: some do; `down`: none does."""
     paused: bool
+    """Whether `Cluster.pause` stopped the replicas."""
     pending: int
     """Requests accepted and not finished."""
     waiting: int
     """… of which these have no replica yet."""
     replicas: tuple[ReplicaHealth, ...]
+    """One entry per replica, by number."""

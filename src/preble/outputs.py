@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from preble.sched.placement import Placement
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort"]
-"""`stop`: a stop token or string; `length`: `max_tokens` or the context's end; `abort`: `Cluster.abort`."""
+"""Why a text ended: `Completion.finish_reason` says what each means."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,9 @@ class TokenLogprob:
     """One generated token's log-probability and those of the most probable tokens at its position."""
 
     token_id: int
+    """The token that was chosen."""
     logprob: float
+    """Its natural log-probability, before any sampling option changed the logits."""
     top: tuple[tuple[int, float], ...]
     """(token id, log-probability), most probable first."""
 
@@ -26,8 +28,11 @@ class Chunk:
     """What a stream yields: the text and tokens that are new since the last chunk."""
 
     text: str
+    """New text: characters come whole, stop strings never show."""
     token_ids: tuple[int, ...]
+    """New token ids."""
     logprobs: tuple[TokenLogprob, ...] = ()
+    """One entry per new token when `logprobs` was asked for, else empty."""
     index: int = 0
     """Which of the `n` continuations this belongs to."""
     finish_reason: FinishReason | None = None
@@ -39,9 +44,11 @@ class Usage:
     """Tokens of one request. `completion_tokens` counts all `n` continuations."""
 
     prompt_tokens: int
+    """Tokens of the prompt, special ones included."""
     cached_tokens: int
     """Prompt tokens whose KV was already on the replica when the request was first admitted."""
     completion_tokens: int
+    """Tokens generated, over all `n` continuations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +70,16 @@ class Completion:
     """One of a request's `n` continuations."""
 
     index: int
+    """Its number, from 0."""
     text: str
+    """Without stop strings and special tokens."""
     token_ids: tuple[int, ...]
+    """The generated token ids, a stop token included."""
     finish_reason: FinishReason
+    """Why the text ended. `stop`: a stop token or string; `length`: `max_tokens` or the context's end; `abort`:
+    `Cluster.abort`."""
     logprobs: tuple[TokenLogprob, ...] = ()
+    """One entry per generated token when `logprobs` was asked for, else empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +87,13 @@ class GenerationOutput:
     """A finished request. `text`, `token_ids`, … are those of the first continuation."""
 
     request_id: str
+    """Yours, or a made one."""
     completions: tuple[Completion, ...]
     """All `n` continuations, in order."""
     usage: Usage
+    """How many tokens it took."""
     timing: Timing
+    """How long it took."""
     placement: Placement
     """Which replica ran the first continuation, and the terms it was chosen by."""
 
@@ -93,7 +109,7 @@ class GenerationOutput:
 
     @property
     def finish_reason(self) -> FinishReason:
-        """Why the text ended."""
+        """Why the text ended (`Completion.finish_reason`)."""
         return self.completions[0].finish_reason
 
     @property
@@ -107,16 +123,23 @@ class ReplicaStats:
     """A replica as its engine saw it at its last step."""
 
     replica: int
+    """Its number."""
     device: str
+    """Its torch device."""
     attention: str
     """The attention backend in use."""
     running: int
+    """Requests that compute."""
     waiting: int
+    """Requests in its queue."""
     pages_total: int
+    """KV pages that it has: those in use, cached and free together."""
     pages_in_use: int
+    """KV pages that running requests hold."""
     pages_cached: int
     """Pages that hold a reusable prefix and belong to no running request."""
     pages_free: int
+    """KV pages that hold nothing."""
     prompt_tokens: int
     """Prompt tokens admitted since the start."""
     cached_tokens: int
@@ -124,7 +147,9 @@ class ReplicaStats:
     computed_tokens: int
     """Tokens that went through the model since the start, recomputation after preemption included."""
     generated_tokens: int
+    """Tokens generated since the start."""
     preemptions: int
+    """How often a running request was put back into the queue for lack of pages, since the start."""
     tokens_per_second: float
     """Generated tokens per second over the last ten seconds."""
 
@@ -139,13 +164,16 @@ class ClusterStats:
     """All replicas, and what waits in front of them."""
 
     replicas: tuple[ReplicaStats, ...]
+    """One entry per replica, by number."""
     pending: int
     """Requests accepted and not finished."""
     policy: str
+    """Name of the placement policy."""
     placements: dict[str, int]
     """How many requests were placed for which reason."""
     recoveries: tuple[float, ...] = ()
-    """Of the latest requests that lost their replica: seconds from when that was noticed to their next token."""
+    """Of the latest thousand continuations that lost their replica: seconds from when that was noticed to their next
+    token."""
 
     @property
     def hit_rate(self) -> float:

@@ -21,8 +21,11 @@ class Admitted:
     """The request left the replica's waiting queue; its first `cached_tokens` tokens need no computation."""
 
     replica: int
+    """Number of the replica that reports."""
     request_id: str
+    """Which request."""
     cached_tokens: int
+    """Tokens of it found in the replica's prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,9 @@ class Progressed:
     """A step worked on the request."""
 
     replica: int
+    """Number of the replica that reports."""
     request_id: str
+    """Which request."""
     computed_tokens: int
     """Tokens of the request, prompt and output, whose KV is now on the replica."""
     new_tokens: tuple[int, ...] = ()
@@ -43,7 +48,9 @@ class Finished:
     """The request ended on the replica, for whatever reason, and holds nothing there any more."""
 
     replica: int
+    """Number of the replica that reports."""
     request_id: str
+    """Which request."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,8 +58,11 @@ class Stored:
     """These pages are now in the replica's prefix cache."""
 
     replica: int
+    """Number of the replica that reports."""
     sequence: int
+    """Number of this cache event: 1, 2, 3, … on each replica."""
     namespace: str
+    """Of the prompts that begin with these pages."""
     hashes: NDArray[np.uint64]
     """uint64 [pages], in any order; cheapest in the order of the prompt."""
 
@@ -62,9 +72,13 @@ class Evicted:
     """These pages are no longer in the replica's prefix cache."""
 
     replica: int
+    """Number of the replica that reports."""
     sequence: int
+    """Number of this cache event: 1, 2, 3, … on each replica."""
     namespace: str
+    """Of the prompts that begin with these pages."""
     hashes: NDArray[np.uint64]
+    """uint64 [pages], in any order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +86,7 @@ class StepTimed:
     """One engine step: what it computed and how long that took."""
 
     replica: int
+    """Number of the replica that reports."""
     new_tokens: int
     """Tokens computed, decodes included."""
     decodes: int
@@ -79,6 +94,7 @@ class StepTimed:
     context_tokens: int
     """Sum over the step's requests of the tokens they attended to."""
     seconds: float
+    """How long the step took."""
     attended_pairs: int = 0
     """Sum over the step's requests of new tokens times tokens attended to."""
 
@@ -88,7 +104,9 @@ class Preempted:
     """The request lost its pages and is back in the replica's waiting queue; it will be `Admitted` once more."""
 
     replica: int
+    """Number of the replica that reports."""
     request_id: str
+    """Which request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +114,7 @@ class ReplicaDown:
     """The replica lost its KV pages and all its requests."""
 
     replica: int
+    """Number of the replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +122,7 @@ class ReplicaUp:
     """The replica serves again, with an empty prefix cache. Nothing happens if it was not down."""
 
     replica: int
+    """Number of the replica."""
     sequence: int = 0
     """Number of the last cache event of its earlier life: those up to it are ignored should they still arrive. 0 where
     none can arrive any more; then the new life numbers its events 1, 2, 3, … as well."""

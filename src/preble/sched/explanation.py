@@ -11,6 +11,7 @@ class Candidate:
     """One replica in the eyes of the policy."""
 
     replica: int
+    """Its number."""
     state: str
     """`up`, `draining` or `down`; only replicas that are up are considered."""
     cached_tokens: int
@@ -18,8 +19,11 @@ class Candidate:
     confirmed_tokens: int
     """… of which the replica itself has reported these."""
     in_flight: int
+    """Requests placed there that have not ended."""
     queued_prefill_tokens: int
+    """Tokens it has yet to compute before all of them decode."""
     decoding: int
+    """Requests there that generate, one token per step."""
     costs: Mapping[str, float]
     """The terms the policy judges it by; empty unless it is up."""
 
@@ -29,10 +33,13 @@ class Explanation:
     """The decision that `submit` would take now. `print` it for a table."""
 
     policy: str
+    """Name of the policy."""
     prompt_tokens: int
+    """Length of the prompt."""
     replica: int | None
     """The replica that would get the request; `None` if it would wait."""
     reason: str
+    """The rule that decided, or what the request would wait for."""
     candidates: tuple[Candidate, ...]
     """All replicas, by number."""
 

@@ -15,6 +15,7 @@ class HotPrefix:
     """A stretch of tokens that prompts have in common, at the same place behind the same beginning."""
 
     namespace: str
+    """Whose prompts these are."""
     start: int
     """Position in these prompts of its first token."""
     end: int

@@ -11,7 +11,9 @@ class Placement:
     """A request was given to a replica, and the replica's ledger already counts it."""
 
     request_id: str
+    """Which request."""
     replica: int
+    """Number of the replica that has it now."""
     cached_tokens: int
     """Prompt tokens believed to be in the replica's prefix cache, whole pages."""
     reason: str
@@ -25,7 +27,9 @@ class Waiting:
     """The request waits in the cluster: no replica can take it now."""
 
     request_id: str
+    """Which request."""
     reason: str
+    """What it waits for, in words."""
 
 
 @dataclass(frozen=True, slots=True)

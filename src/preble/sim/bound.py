@@ -67,9 +67,13 @@ class Bound:
     """Seconds that the figures of no policy are below, on one trace and fleet."""
 
     ttft_mean: float
+    """Of the mean time to the first token."""
     ttft_p99: float
+    """Of its 99th percentile."""
     e2e_mean: float
+    """Of the mean time to the last token."""
     e2e_p99: float
+    """Of its 99th percentile."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,16 +18,21 @@ class Flight:
     number: int
     """Position in the trace."""
     traced: TracedRequest
+    """The request as the trace has it."""
     max_tokens: int
     """What the schedulers are told that it may generate at most. They don't know what it will."""
     arrived: float
+    """When it came in."""
     placed: float = float("nan")
     """When the global scheduler gave it to a replica, the first time."""
     admitted: float = float("nan")
     """When a replica began to compute it, the first time."""
     first_token: float = float("nan")
+    """When it had its first token."""
     ended: float = float("nan")
+    """When it had its last one."""
     generated: int = 0
+    """Tokens generated so far."""
     replica: int = -1
     """Where it is, or ended."""
     reason: str = ""
@@ -38,11 +43,13 @@ class Flight:
     """Tokens that went through the model but for those decoded: of the prompt, and after a preemption or a failure once
     more, those of the output too."""
     preemptions: int = 0
+    """How often it lost its pages and was put back into its replica's queue."""
     moves: int = 0
     """How often it was lost with a replica that failed, and placed anew."""
 
     @property
     def request_id(self) -> str:
+        """What the scheduler calls it."""
         return str(self.number)
 
     @property

@@ -24,9 +24,13 @@ class Outcome:
     """One policy on one trace. Arrays have an entry per completed request, in order of the trace; times are seconds."""
 
     trace: str
+    """Name of the trace."""
     policy: str
+    """Name of the policy, or of the `Router`."""
     settings: Settings
+    """The fleet."""
     slo: SLO
+    """What counts as good."""
     requests: int
     """In the trace."""
     rate: float
@@ -36,6 +40,7 @@ class Outcome:
     numbers: NDArray[np.int64]
     """Positions in the trace of the completed ones."""
     arrived: Array
+    """When each came in, since the first arrival."""
     ttft: Array
     """From arrival to the first token."""
     tpot: Array
@@ -59,7 +64,9 @@ class Outcome:
     """Prompt tokens computed that some replica had computed for an earlier request: what an endless cache that all
     share would have saved."""
     evicted_tokens: int
+    """Tokens that left the replicas' prefix caches to make room."""
     preemptions: int
+    """How often a request lost its pages and was put back into its replica's queue."""
     moves: int
     """How often a request was lost with a replica that failed, and placed anew."""
     busy_seconds: Array
@@ -67,6 +74,7 @@ class Outcome:
     makespan: float
     """From the first arrival to the last end."""
     samples: Samples
+    """How busy the replicas were over time."""
     hottest: list[HotPrefix]
     """The prefixes whose sharing saved most when the last request arrived, and who had them. None where others than a
     `GlobalScheduler` decided."""
@@ -75,6 +83,7 @@ class Outcome:
 
     @property
     def completed(self) -> int:
+        """Requests that were answered."""
         return len(self.numbers)
 
     @property

@@ -28,8 +28,11 @@ class Probe:
     """What came of the trace on one number of replicas."""
 
     replicas: int
+    """How many there were."""
     requests: int
+    """Requests in the trace."""
     completed: int
+    """… of which so many were answered."""
     good: int
     """… of which so many kept the SLO."""
     enough: bool
@@ -37,6 +40,7 @@ class Probe:
     ttft_p99: float | None
     """Seconds; `None` where no request has such a figure."""
     tpot_p99: float | None
+    """Seconds; `None` where no request has such a figure."""
     utilization: float
     """Mean share of the time in which replicas were computing."""
 
@@ -78,10 +82,15 @@ class Plan:
     """How many replicas it takes, and how that is known."""
 
     policy: str
+    """Name of the policy."""
     slo: SLO
+    """The bounds that a good request keeps."""
     attain: float
+    """The share of the requests that has to be good."""
     max_replicas: int
+    """No more were tried."""
     requests: int
+    """Requests in the trace."""
     replicas: int | None
     """The answer; `None` where there is none up to `max_replicas`."""
     hopeless: int

@@ -29,6 +29,7 @@ class Failure:
     """A replica that loses its pages and its requests."""
 
     replica: int
+    """Its number, from 0."""
     at: float
     """Seconds since the start."""
     seconds: float = float("inf")
@@ -59,6 +60,7 @@ class Settings:
     """
 
     replicas: int = 4
+    """How many, numbered from 0."""
     cost: str | CostModel = "generic"
     """What steps take: a preset of `preble.sched.PRESETS`, or a model."""
     believed_cost: str | CostModel | None = None

@@ -66,7 +66,9 @@ class Simulation:
         advance: Callable[[], None] = lambda: None,
     ) -> None:
         self.trace = trace
+        """What arrives."""
         self.settings = settings
+        """The fleet."""
         self.now = 0.0
         """Seconds since the first arrival."""
         self.decide_seconds = 0.0
@@ -78,8 +80,11 @@ class Simulation:
         self.hottest: list[HotPrefix] = []
         """Of the prefix tree at the last arrival; none where others than a `GlobalScheduler` decide."""
         self.router: Router = policy if not isinstance(policy, str | Policy) else _make_scheduler(settings, policy)
+        """What decides where requests go."""
         self.replicas = [_make_replica(settings, number) for number in range(settings.replicas)]
+        """By number: each with its `busy_seconds`, `steps` and `evicted_tokens` so far."""
         self.samples = Samples(len(self.replicas), max(trace.duration / LOOKS, SHORTEST_LOOK))
+        """How busy they were over time."""
         self._advance = advance
         self._agenda: list[tuple[float, int, Action, Any]] = []
         self._serials = count()

@@ -40,9 +40,11 @@ class Trace:
     """Requests in order of arrival."""
 
     name: str
+    """Shown in results."""
     block_size: int
     """Tokens in a block."""
     requests: tuple[TracedRequest, ...]
+    """In order of arrival."""
 
     @property
     def duration(self) -> float:

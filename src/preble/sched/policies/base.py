@@ -22,7 +22,9 @@ class RequestView(Protocol):
     """The request to be placed. Read it, never change it."""
 
     @property
-    def request_id(self) -> str: ...
+    def request_id(self) -> str:
+        """Its name, unique among the requests that have not ended."""
+
     @property
     def prompt_tokens(self) -> int:
         """Length of the prompt."""
@@ -36,7 +38,9 @@ class RequestView(Protocol):
         """How many it will probably generate: the caller's hint, or what requests with its prefix did so far."""
 
     @property
-    def namespace(self) -> str: ...
+    def namespace(self) -> str:
+        """Prefixes are shared only within one."""
+
     @property
     def priority(self) -> int:
         """Higher is served first."""
@@ -66,7 +70,9 @@ class ReplicaView(Protocol):
         """What its steps cost."""
 
     @property
-    def page_size(self) -> int: ...
+    def page_size(self) -> int:
+        """Tokens in a page, the same on all replicas."""
+
     @property
     def capacity_tokens(self) -> int:
         """Tokens that its KV pages hold."""
@@ -149,8 +155,9 @@ class Stretch(NamedTuple):
     """A part of the matched prefix with the same users throughout."""
 
     start: int
+    """Position in the prompt of its first token."""
     end: int
-    """Token positions in the prompt."""
+    """… and of the first token behind it."""
     in_flight: int
     """Requests in flight whose prompts contain it, on all replicas."""
     holders: int
@@ -161,7 +168,9 @@ class View(Protocol):
     """All that a policy decides by."""
 
     @property
-    def request(self) -> RequestView: ...
+    def request(self) -> RequestView:
+        """What is to be placed."""
+
     @property
     def replicas(self) -> tuple[ReplicaView, ...]:
         """The replicas that may take the request, at least one."""
@@ -179,7 +188,9 @@ class View(Protocol):
         """For ties: seeded, so that the same calls give the same decisions."""
 
     @property
-    def traffic(self) -> TrafficView: ...
+    def traffic(self) -> TrafficView:
+        """What the cluster observed lately."""
+
     @property
     def session(self) -> int | None:
         """Position in `replicas` of the one that got the last request of the same session."""

@@ -18,13 +18,19 @@ class Arrival:
     time: float
     """Seconds."""
     token_ids: Prompt
+    """The prompt."""
     namespace: str = ""
+    """Prefixes are shared only within one."""
     priority: int = 0
+    """Higher is served first."""
     deadline: float | None = None
     """Seconds on the clock of `time`."""
     session: str | None = None
+    """The conversation that it belongs to, if any."""
     max_tokens: int = 8
+    """The most tokens it may generate."""
     expected_tokens: int | None = None
+    """The caller's hint of how many it will generate, if any."""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -73,6 +73,7 @@ class SchedulerMachine(Comparison):
         seed=st.integers(0, 9),
     )
     def start(self, count: int, page_size: int, pages: int, speed: float, seed: int) -> None:
+        """A scheduler with some replicas, or none yet."""
         self.page_size, self.pages = page_size, pages
         self.make_scheduler(
             capacity_tokens=pages * page_size,
@@ -124,6 +125,7 @@ class SchedulerMachine(Comparison):
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), at_once=st.booleans())
     def cancel(self, data: st.DataObject, at_once: bool) -> None:
+        """A request is cancelled, wherever it is."""
         name = data.draw(st.sampled_from(list(self.requests)))
         request = self.requests.pop(name)
         placements = self.call("cancel", name, now=self.now, place=at_once)
@@ -197,6 +199,7 @@ class SchedulerMachine(Comparison):
     @precondition(lambda self: any(not one.queued for one in self.running))
     @rule(data=st.data())
     def preempt(self, data: st.DataObject) -> None:
+        """A replica puts a request back into its queue."""
         self._preempt(data.draw(st.sampled_from([one for one in self.running if not one.queued])))
 
     def _preempt(self, request: ModelRequest) -> None:
@@ -227,6 +230,7 @@ class SchedulerMachine(Comparison):
     @precondition(lambda self: any(one.cache for one in self.replicas.values()))
     @rule(data=st.data(), count=st.integers(1, 4))
     def evict(self, data: st.DataObject, count: int) -> None:
+        """A replica drops pages that nobody uses."""
         replica = data.draw(st.sampled_from([number for number, one in self.replicas.items() if one.cache]))
         gone: list[Page] = []
         while len(gone) < count and (victims := self._victims(replica, without=gone)):
@@ -258,6 +262,7 @@ class SchedulerMachine(Comparison):
     @precondition(lambda self: len(self.replicas) < MOST_REPLICAS)
     @rule(pages=sizes, speed=speeds)
     def add(self, pages: int, speed: float) -> None:
+        """One more replica, of any size and speed."""
         self._add_replica(pages, capacity_tokens=pages * self.page_size, cost=TokenCost(speed), max_batched_tokens=4)
 
     def _add_replica(self, pages: int, **options: Any) -> None:
@@ -269,6 +274,7 @@ class SchedulerMachine(Comparison):
     @precondition(lambda self: self.replicas)
     @rule(data=st.data(), change=st.sampled_from(["crash", "restart", "renew", "drain", "remove"]))
     def change_the_fleet(self, data: st.DataObject, change: str) -> None:
+        """A replica crashes, restarts, drains or is removed."""
         getattr(self, f"_{change}")(data.draw(st.sampled_from(list(self.replicas))))
 
     def _crash(self, replica: int) -> None:
@@ -320,6 +326,7 @@ class SchedulerMachine(Comparison):
 
     @rule(seconds=st.sampled_from([0.0, 1.0, WINDOW / 2, 2 * WINDOW]))
     def pass_time(self, seconds: float) -> None:
+        """Nothing happens for a while."""
         self._until(self.now + seconds)
 
     def _until(self, time: float) -> None:
