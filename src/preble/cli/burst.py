@@ -1,4 +1,4 @@
-"""What a burst of requests cost, and how two placement policies compare: figures, tables, one sentence."""
+"""What a burst of questions cost under one placement policy: figures, and tables of them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from preble.cli.graded_answer import GradedAnswer, accuracy
+from preble.cli.tables import table
+
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from preble.outputs import ClusterStats, GenerationOutput
+    from preble.outputs import ClusterStats
 
 REASONS = {
     "exploit": "to the replica that has the prompt's prefix",
@@ -28,16 +31,16 @@ class Spread:
     """Seconds, over the requests of a burst."""
 
     mean: float
-    max: float
+    p99: float
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Spread:
-        """Of one value at least."""
-        return cls(statistics.fmean(seconds), max(seconds))
+        """Of one value at least. The p99 is a value that occurred: 1 % of them, at most, are larger."""
+        return cls(statistics.fmean(seconds), sorted(seconds)[(99 * len(seconds) - 1) // 100])
 
     def __str__(self) -> str:
-        decimals = 2 if self.max < 10 else 1 if self.max < 100 else 0
-        return f"{self.mean:.{decimals}f} / {self.max:.{decimals}f}"
+        decimals = 3 if self.p99 < 10 else 1 if self.p99 < 100 else 0
+        return f"{self.mean:.{decimals}f} / {self.p99:.{decimals}f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +65,19 @@ class Burst:
 
     policy: str
     replicas: tuple[ReplicaShare, ...]
+    right: int | None
+    """Right answers; `None` where they were not graded."""
     ttft: Spread
     latency: Spread
     seconds: float
 
     @classmethod
     def of(
-        cls,
-        policy: str,
-        outputs: Sequence[GenerationOutput],
-        before: ClusterStats,
-        after: ClusterStats,
-        seconds: float,
+        cls, policy: str, answers: Sequence[GradedAnswer], before: ClusterStats, after: ClusterStats, seconds: float
     ) -> Burst:
-        """From the results of at least one request, and the statistics around them."""
+        """From at least one answer, and the statistics around them."""
         computed = {replica.replica: -replica.computed_tokens for replica in before.replicas}
+        outputs = [answer.output for answer in answers]
         shares = []
         for replica in after.replicas:
             mine = [output for output in outputs if output.placement.replica == replica.replica]
@@ -91,13 +92,25 @@ class Burst:
                     pages_cached=replica.pages_cached,
                 )
             )
+        marks = [answer.right for answer in answers if answer.right is not None]
         return cls(
             policy=policy,
             replicas=tuple(shares),
+            right=sum(marks) if marks else None,
             ttft=Spread.of([output.timing.ttft for output in outputs]),
             latency=Spread.of([output.timing.total for output in outputs]),
             seconds=seconds,
         )
+
+    @property
+    def requests(self) -> int:
+        """How many there were."""
+        return sum(one.requests for one in self.replicas)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Right answers / answers; `None` where they were not graded."""
+        return None if self.right is None else self.right / self.requests
 
     @property
     def hit_rate(self) -> float:
@@ -112,12 +125,14 @@ class Burst:
     @property
     def requests_per_second(self) -> float:
         """Requests / seconds of the whole burst."""
-        return sum(one.requests for one in self.replicas) / self.seconds
+        return self.requests / self.seconds
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; times in seconds."""
         return {
             **asdict(self),
+            "requests": self.requests,
+            "accuracy": self.accuracy,
             "hit_rate": self.hit_rate,
             "computed_tokens": self.computed_tokens,
             "requests_per_second": self.requests_per_second,
@@ -126,16 +141,16 @@ class Burst:
 
 def replica_table(burst: Burst) -> Table:
     """What went where, and why."""
-    table = _table("replica", "requests", "cached", "computed", "why<")
+    made = table("replica", "requests", "hit rate", "computed", "why<")
     for one in burst.replicas:
-        table.add_row(
+        made.add_row(
             str(one.replica),
             str(one.requests),
             f"{one.cached_tokens / max(one.prompt_tokens, 1):.0%}",
             f"{one.computed_tokens:,}",
             ", ".join(f"{count} {reason}" for reason, count in one.reasons.items()),
         )
-    return table
+    return made
 
 
 def legend(burst: Burst) -> list[str]:
@@ -146,39 +161,15 @@ def legend(burst: Burst) -> list[str]:
 
 def policy_table(bursts: Sequence[Burst]) -> Table:
     """The policies side by side."""
-    table = _table("policy<", "cached", "computed", "pages", "TTFT, s", "latency, s", "req/s")
+    made = table("policy<", "right", "hit rate", "computed", "TTFT, s", "latency, s", "req/s")
     for burst in bursts:
-        table.add_row(
+        made.add_row(
             burst.policy,
+            "-" if burst.right is None else accuracy(burst.right, burst.requests),
             f"{burst.hit_rate:.0%}",
             f"{burst.computed_tokens:,}",
-            f"{sum(one.pages_cached for one in burst.replicas):,}",
             str(burst.ttft),
             str(burst.latency),
             f"{burst.requests_per_second:.1f}",
         )
-    return table
-
-
-def verdict(burst: Burst, other: Burst) -> str:
-    """One sentence on what the comparison shows, whichever way it went."""
-    ratio = burst.computed_tokens / other.computed_tokens
-    if round(ratio, 2) == 1:
-        computed = f"as many tokens as {other.policy}"
-    else:
-        computed = f"{abs(1 - ratio):.0%} {'fewer' if ratio < 1 else 'more'} tokens than {other.policy}"
-    speed = burst.requests_per_second / other.requests_per_second
-    link = "and" if (ratio < 1) == (speed > 1) else "but"
-    gain = "" if ratio < 1 or speed > 1 else ": no gain this time"
-    return f"{burst.policy} computed {computed} {link} answered {speed:.1f} times as many questions per second{gain}."
-
-
-def _table(*headings: str) -> Table:
-    """Thin, one line a row; a heading that ends in `<` has its column to the left."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for heading in headings:
-        table.add_column(heading.rstrip("<"), justify="left" if heading.endswith("<") else "right", no_wrap=True)
-    return table
+    return made

@@ -29,9 +29,15 @@ def positive_integer(text: str) -> int:
 
 
 def add_cluster_arguments(
-    parser: argparse.ArgumentParser, *, model: str | None = None, replicas: int = 1, page_size: int = 64
+    parser: argparse.ArgumentParser,
+    *,
+    model: str | None = None,
+    replicas: int = 1,
+    page_size: int = 64,
+    kv_memory: str = "a share of what is free",
 ) -> None:
-    """What a `Cluster` is made with; `model` is the default, required where `None`."""
+    """What a `Cluster` is made with: the defaults. `model` is required where `None`, `kv_memory` says in words what is
+    taken where nothing is given."""
     group = parser.add_argument_group("cluster")
     default = "required" if model is None else "default: %(default)s"
     group.add_argument(
@@ -78,7 +84,7 @@ def add_cluster_arguments(
         help="tokens in a KV page; whole pages are shared (default: %(default)s)",
     )
     group.add_argument(
-        "--kv-memory", metavar="BYTES", help="KV memory per replica, such as 2GiB (default: a share of what is free)"
+        "--kv-memory", metavar="BYTES", help=f"KV memory per replica, such as 2GiB (default: {kv_memory})"
     )
     group.add_argument(
         "--kv-dtype",
