@@ -26,7 +26,19 @@ MAY_IMPORT = {
 }
 """Room -> rooms it may import. `leaf` are the values and errors everybody knows; `cluster` is the async front."""
 
-LEAVES = {"errors", "sampling", "outputs", "prompts", "progress", "health", "demo", "demo_model", "__init__"}
+LEAVES = {
+    "errors",
+    "keywords",
+    "request_options",
+    "sampling",
+    "outputs",
+    "prompts",
+    "progress",
+    "health",
+    "demo",
+    "demo_model",
+    "__init__",
+}
 FORBIDDEN_IN_SCHED = {"torch", "anyio", "asyncio", "trio", "threading", "time", "socket", "os", "random"}
 
 

@@ -156,7 +156,11 @@ def test_options_are_laid_over_a_base():
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("temprature", "; did you mean 'temperature'?"), ("time_out", "; did you mean 'timeout'?"), ("zzz", "$")],
+    [
+        ("temprature", "; did you mean 'temperature'?"),
+        ("time_out", "; did you mean 'timeout'?"),
+        ("zzz", "; the options are max_tokens, "),
+    ],
 )
 def test_an_unknown_option_finds_its_neighbour(name, hint):
     with pytest.raises(UnknownOption, match=rf"unknown option '{name}'{hint}".replace("?", r"\?")):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack
 
 import anyio
 import anyio.lowlevel
@@ -17,11 +17,13 @@ import anyio.to_thread
 
 from preble.admission import Admission
 from preble.engine.options import EngineOptions
-from preble.errors import ClusterStateError, InvalidRequest, PrebleError
+from preble.errors import ClusterStateError, InvalidRequest, PrebleError, shown
+from preble.keywords import REQUESTS, explains_keywords
 from preble.outputs import ClusterStats, GenerationOutput
 from preble.prompts import Prompt
 from preble.reception import Message, Reception
-from preble.sampling import SamplingParams
+from preble.request_options import RequestOptions, SamplingOptions
+from preble.sampling import REQUEST_OPTIONS, SamplingParams
 from preble.stream import Stream
 from preble.terms import Terms
 
@@ -41,6 +43,7 @@ TERMS = {field.name for field in fields(Terms)}
 """The options of a request that are no sampling."""
 
 
+@explains_keywords({REQUESTS: REQUEST_OPTIONS | {field.name for field in fields(SamplingParams)}})
 class Cluster:
     """Serves a model on several replicas; `async with` starts and stops them.
 
@@ -121,7 +124,7 @@ class Cluster:
             ("max_pending", max_pending),
         ):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InvalidRequest(f"{name} must be a positive integer, not {value!r}")
+                raise InvalidRequest(f"{name} must be a positive integer, not {shown(value)}")
         for name, limit in (("hang_timeout", hang_timeout), ("restart_timeout", restart_timeout)):
             if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
                 raise InvalidRequest(f"{name} must be a positive number of seconds, not {limit!r}")
@@ -131,8 +134,15 @@ class Cluster:
             raise InvalidRequest(f"overload must be 'wait' or 'refuse', not {overload!r}")
         if isinstance(devices, str):
             raise InvalidRequest(f"devices must be a sequence of names, such as [{devices!r}]")
+        if devices is not None and not isinstance(devices, Sequence):
+            raise InvalidRequest(
+                f"devices must be a sequence of names, such as ['cuda:0', 'cuda:1'], not {shown(devices)}; replicas=… "
+                "says how many engines there are"
+            )
         if devices is not None and not devices:
             raise InvalidRequest("devices is empty; leave it out to use every GPU, or the CPU")
+        if not isinstance(model, str | os.PathLike):
+            raise InvalidRequest(f"model must be a folder, a hub id or 'demo', not {shown(model)}")
         self._model = model
         self._policy = policy
         self._replicas = replicas
@@ -160,7 +170,10 @@ class Cluster:
         if self._state != "new":
             raise ClusterStateError("a cluster is entered once; make a new one")
         self._thread, self._loop = threading.get_ident(), anyio.lowlevel.current_token()
-        devices, launcher, dispatcher = await anyio.to_thread.run_sync(self._prepare)
+        try:
+            devices, launcher, dispatcher = await anyio.to_thread.run_sync(self._prepare)
+        except PrebleError as error:
+            raise _plainly(error) from error.__cause__
         self._dispatcher = dispatcher()
         self._reception = Reception(
             launcher.tokenizer,
@@ -172,9 +185,11 @@ class Cluster:
         )
         try:
             await self._dispatcher.add(devices)
-        except BaseException:
+        except BaseException as error:
             self._state = "closed"
             await self._stop()
+            if isinstance(error, PrebleError):
+                raise _plainly(error) from error.__cause__
             raise
         self._state = "open"
         return self
@@ -209,6 +224,14 @@ class Cluster:
         self._state = "closed"
         await self._stop()
 
+    if not TYPE_CHECKING:  # a type checker finds this mistake before it is made
+
+        def __enter__(self) -> NoReturn:
+            raise ClusterStateError("a cluster is entered with `async with`, not `with`, inside an `async def`")
+
+        def __exit__(self, *_: object) -> None:
+            raise AssertionError("a `with` block of a cluster is never entered")
+
     async def shutdown(self, timeout: float | None = None) -> None:
         """Take no more requests, and wait until those in flight have ended; for `timeout` seconds at most, after which
         the rest fail with `ClusterStateError`, as those do that still wait for their turn. A cluster that is paused
@@ -238,7 +261,7 @@ class Cluster:
         request_id: str | None = None,
         session: str | None = None,
         expected_tokens: int | None = None,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> GenerationOutput:
         """Generate from a prompt and wait for the whole result.
 
@@ -286,7 +309,7 @@ class Cluster:
         request_id: str | None = None,
         session: str | None = None,
         expected_tokens: int | None = None,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Like `generate`, in chunks: `async for chunk in cluster.stream(…)`, or `async with` around it.
 
@@ -308,7 +331,7 @@ class Cluster:
         request_id: str | None = None,
         session: str | None = None,
         expected_tokens: int | None = None,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> GenerationOutput:
         """Answer a conversation, laid out by the checkpoint's chat template.
 
@@ -344,7 +367,7 @@ class Cluster:
         request_id: str | None = None,
         session: str | None = None,
         expected_tokens: int | None = None,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Like `chat`, in chunks."""
         terms = Terms(priority, timeout, namespace, request_id, session, expected_tokens)
@@ -352,7 +375,12 @@ class Cluster:
         return self._reception.chat(messages, tools, sampling, options, terms)
 
     async def generate_many(
-        self, prompts: Iterable[Prompt], *, progress: bool = False, return_exceptions: bool = False, **options: Any
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        progress: bool = False,
+        return_exceptions: bool = False,
+        **options: Unpack[RequestOptions],
     ) -> list[Any]:
         """Generate from many prompts at once; results are in the order of the prompts.
 
@@ -365,9 +393,12 @@ class Cluster:
         from preble.progress import progress_bar
 
         if isinstance(prompts, str):
-            raise InvalidRequest("generate_many takes several prompts; use generate for one")
-        shared = {name: options.pop(name) for name in TERMS & options.keys()}
-        sampling = options.pop("sampling", None)
+            raise InvalidRequest(f"generate_many takes several prompts; use generate for one, such as {shown(prompts)}")
+        if not isinstance(prompts, Iterable):
+            raise InvalidRequest(f"generate_many takes several prompts, such as a list of them, not {shown(prompts)}")
+        given: dict[str, Any] = {**options}
+        shared = {name: given.pop(name) for name in TERMS & given.keys()}
+        sampling = given.pop("sampling", None)
         todo = list(prompts)
         outputs: list[Any] = [None] * len(todo)
         pending = iter(enumerate(todo))
@@ -377,9 +408,10 @@ class Cluster:
             for index, prompt in pending:
                 try:
                     self._must_be_open()
-                    stream = self._reception.prompt(prompt, sampling, options, Terms(**shared), patient=True)
+                    stream = self._reception.prompt(prompt, sampling, given, Terms(**shared), patient=True)
                     outputs[index] = await stream.finish()
                 except PrebleError as error:
+                    error.add_note(f"It is prompts[{index}] of the {len(todo)} given to generate_many.")
                     if not return_exceptions:
                         errors.append(error)
                         group.cancel_scope.cancel()
@@ -482,9 +514,14 @@ class Cluster:
 
     def _must_be_open(self) -> None:
         if self._state == "new":
-            raise ClusterStateError("enter the cluster first: `async with preble.Cluster(…) as cluster:`")
+            raise ClusterStateError(
+                "the cluster is not running: enter it with `async with preble.Cluster(…) as cluster:`, and use it "
+                "inside that block"
+            )
         if self._state == "closed":
-            raise ClusterStateError("the cluster was left; requests are served only inside its `async with` block")
+            raise ClusterStateError(
+                "the cluster was left; requests are served only inside its `async with` block. Move this call into it"
+            )
         if not self._is_at_home():
             raise ClusterStateError(
                 "the cluster was entered in another event loop or thread, and belongs there. Call asyncio.run once, "
@@ -499,6 +536,11 @@ class Cluster:
             return anyio.lowlevel.current_token() == self._loop
         except RuntimeError:  # no loop runs here now, as between two calls of `run_until_complete`
             return True
+
+
+def _plainly(error: PrebleError) -> PrebleError:
+    """An error without the fifty frames of the threads that it came through: its message says what they would."""
+    return error.with_traceback(None)
 
 
 def _check_patience(timeout: float | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias, Union
 
 from preble.errors import InvalidRequest, PrebleError, PromptTooLong, shown
@@ -63,13 +63,18 @@ def _prompt_tokens(prompt: object) -> Tokens:
     if isinstance(prompt, (bytes, bytearray)):
         raise InvalidRequest("the prompt is bytes: decode it to str, or give token ids")
     if not isinstance(prompt, (Sequence, np.ndarray)):
-        raise InvalidRequest(f"the prompt must be a string or a sequence of token ids, not {type(prompt).__name__}")
+        hint = ": call its tolist()" if hasattr(prompt, "tolist") else ""
+        raise InvalidRequest(
+            f"the prompt must be a string or a sequence of token ids, not {type(prompt).__name__}{hint}"
+        )
     if len(prompt) == 0:
         raise InvalidRequest("the prompt is empty: give at least one character or token id")
     if len(prompt) > MAX_IDS:
         raise PromptTooLong(f"the prompt has {len(prompt)} token ids; no more than {MAX_IDS} are taken")
     if isinstance(prompt[0], str):
         raise InvalidRequest("the prompt is a sequence of strings: use generate_many for several prompts")
+    if isinstance(prompt[0], Mapping):
+        raise InvalidRequest("the prompt is a sequence of messages: use chat or stream_chat for a conversation")
     try:
         array = np.asarray(prompt)
     except ValueError as error:

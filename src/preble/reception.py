@@ -215,7 +215,7 @@ class Reception:
             raise InvalidRequest("the prompt is empty: give at least one character or token id")
         if len(prompt) >= longest:
             limit = (
-                f"the model's context of {config.context_length}"
+                f"the model's context of {config.context_length}. Shorten it"
                 if longest == config.context_length
                 else f"a replica's KV pages for {longest} tokens (raise kv_memory)"
             )

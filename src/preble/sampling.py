@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,7 +9,8 @@ from itertools import islice
 from numbers import Integral, Real
 from typing import Any
 
-from preble.errors import InvalidRequest, PrebleError, UnknownOption, shown
+from preble.errors import InvalidRequest, PrebleError, shown
+from preble.keywords import REQUESTS, explains_keywords, unknown_option
 
 MAX_LOGPROBS = 64
 """The largest `logprobs` a request may ask for."""
@@ -32,7 +32,13 @@ _MOST_BIASES = 1 << 20
 MAX_LOGIT_BIAS = 1e6
 """Above this a bias would only cost the other logits their precision; 1e6 forces a token already."""
 
+REQUEST_OPTIONS = frozenset(
+    {"sampling", "priority", "timeout", "namespace", "request_id", "session", "expected_tokens"}
+)
+"""What `generate` takes besides sampling values; known here so that a misspelling finds its neighbour."""
 
+
+@explains_keywords({REQUESTS: REQUEST_OPTIONS})
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """What a request asks of the sampler. Every value is checked here, before any work is queued.
@@ -118,12 +124,10 @@ class SamplingParams:
     @classmethod
     def from_options(cls, base: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
         """`base` (or the defaults) with `options` laid over it; a keyword no one knows is named."""
-        known = {field.name for field in fields(cls)}
+        known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
-                close = difflib.get_close_matches(name, sorted(known | REQUEST_OPTIONS), n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise UnknownOption(f"unknown option {shown(name)}{hint}")
+                raise unknown_option(name, [*known, *sorted(REQUEST_OPTIONS)])
         if base is None:
             return cls(**options)
         if not isinstance(base, cls):
@@ -167,12 +171,6 @@ class SamplingParams:
         if not isinstance(value, bool) and getattr(value, "dtype", None) != "bool":
             raise InvalidRequest(f"{name} must be True or False, not {shown(value)}")
         object.__setattr__(self, name, bool(value))
-
-
-REQUEST_OPTIONS = frozenset(
-    {"sampling", "priority", "timeout", "namespace", "request_id", "session", "expected_tokens"}
-)
-"""What `generate` takes besides sampling values; known here so that a misspelling finds its neighbour."""
 
 
 def _as_integer(value: object) -> int | None:

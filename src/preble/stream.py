@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 import anyio
 
@@ -74,6 +74,14 @@ class Stream:
     ) -> None:
         self.close()
 
+    if not TYPE_CHECKING:  # a type checker finds this mistake before it is made
+
+        def __enter__(self) -> NoReturn:
+            raise ClusterStateError("a stream is entered with `async with`, not `with`")
+
+        def __exit__(self, *_: object) -> None:
+            raise AssertionError("a `with` block of a stream is never entered")
+
     def close(self) -> None:
         """Abort the request if it still runs. Harmless when called again. Call it where the cluster runs."""
         self._closed = True
@@ -109,7 +117,12 @@ class Stream:
         partial = None
         if self._flight is not None and self._flight.first_token is not None:
             partial = self._flight.output()
-        raise RequestTimeout(f"the request did not end within its timeout of {self._timeout:g} s", partial)
+        got = "had no token yet" if partial is None else f"had {partial.usage.completion_tokens} tokens, in `partial`"
+        raise RequestTimeout(
+            f"the request did not end within its timeout of {self._timeout:g} s, and {got}: raise timeout, which is in "
+            "seconds, or lower max_tokens",
+            partial,
+        )
 
     async def _begin(self) -> Flight:
         if self._flight is None:
@@ -120,7 +133,9 @@ class Stream:
 
     def _begun(self) -> Flight:
         if self._flight is None:
-            raise ClusterStateError("this stream has not started: iterate over it, or enter it with `async with`")
+            raise ClusterStateError(
+                "this stream has not started: iterate over it with `async for`, or enter it with `async with`"
+            )
         return self._flight
 
     def _time_limit(self) -> anyio.CancelScope:

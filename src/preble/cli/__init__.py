@@ -7,9 +7,9 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from preble import __version__
+from preble.cli.parser import Parser
 from preble.errors import PrebleError
 
 BROKEN_PIPE = 128 + 13
@@ -18,34 +18,22 @@ INTERRUPTED = 128 + 2
 """… and for one that Ctrl-C ended (SIGINT)."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line instead of a screen of usage, and keeps the paragraphs of descriptions."""
-
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **{"formatter_class": HelpFormatter, **options})  # type: ignore[arg-type]
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """Fills each paragraph of a description by itself."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        fill = super()._fill_text
-        return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The arguments of all subcommands; parsed, they have a `run` that takes them and returns the exit status."""
     from preble.cli import bench, chat, demo, generate, plan, sim, study
 
-    parser = Parser(prog="preble", description="Serve LLMs on several replicas, every prompt where its prefix lies.")
+    parser = Parser(
+        prog="preble",
+        description="Serve LLMs on several replicas, every prompt where its prefix lies.",
+        epilog=(
+            "Output goes to standard output, everything else to standard error. The exit status is 0, 1 for an error "
+            "that one line explains, 2 for wrong arguments, 130 after Ctrl-C."
+        ),
+    )
     parser.add_argument("--version", action="version", version=f"preble {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log what the cluster does to standard error")
     commands = parser.add_subparsers(
         dest="command",
-        required=True,
         metavar="COMMAND",
         title="commands",
         description="preble COMMAND --help says more",

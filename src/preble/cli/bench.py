@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from preble.cli import Parser
+from preble.cli.parser import Parser
 
 SUITES = {
     "engine": ("preble.bench.engine", "the engine against transformers and llama.cpp"),
@@ -45,7 +45,7 @@ class SuiteParser(Parser):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE", parser_class=SuiteParser)
+    suites = parser.add_subparsers(dest="suite", metavar="SUITE", title="suites", parser_class=SuiteParser)
     for name, (module, summary) in SUITES.items():
         suites.add_parser(name, module=module, help=summary)
 

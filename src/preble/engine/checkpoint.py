@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from preble.engine.folder_advice import NO_GGUF, git_pointer, instead_of, is_git_pointer, nearest_model, where_it_ends
 from preble.engine.json_fields import JsonFields
 from preble.engine.rust_panics import panics_as
 from preble.errors import CheckpointError, UnsupportedModel
@@ -43,9 +44,14 @@ def resolve_model(model: str | Path) -> Path:
         check_folder(folder)
         return folder
     if folder.is_file():
+        if folder.suffix == ".gguf":
+            raise CheckpointError(f"{folder} is a GGUF file{NO_GGUF}")
         raise CheckpointError(f"{folder} is a file; give the folder with config.json, safetensors and tokenizer files")
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
-        raise CheckpointError(f"the model {str(model)!r} is neither a folder nor a hub id such as 'org/name'")
+        raise CheckpointError(
+            f"the model {str(model)!r} is neither a folder nor a hub id such as 'org/name'"
+            f"{nearest_model(str(model)) or where_it_ends(folder)}"
+        )
     return _hub_snapshot(model)
 
 
@@ -67,19 +73,29 @@ def _hub_snapshot(hub_id: str) -> Path:
         pass  # Not cached, or cached by a program that needed only some of the files.
     try:
         folder = snapshot(cached=False)
-    except RepositoryNotFoundError as error:
+    except RepositoryNotFoundError:
         raise CheckpointError(
-            f"there is no folder {hub_id!r}, and no repository of that name on the hub that you may read"
-        ) from error
+            f"there is no folder {hub_id!r}, and no repository of that name on the hub that you may read; for a "
+            f"private or gated one log in first, by `hf auth login`{nearest_model(hub_id)}"
+        ) from None
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"there is no folder {hub_id!r}; as a hub id it is not, or not completely, in the local cache, and the "
-            "hub cannot be reached to download it"
-        ) from error
+            f"hub cannot be reached to download it ({_root_cause(error)}). `hf download {hub_id}` fills the cache "
+            f"where there is a network; the path of a folder does as well{nearest_model(hub_id)}"
+        ) from None
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"{hub_id!r} cannot be downloaded from the hub: {error}") from error
     check_folder(folder)
     return folder
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first of a chain of errors, in a line: the rest are its way through the layers of an HTTP client."""
+    cause: BaseException | None = error
+    while cause is not None:
+        error, cause = cause, cause.__cause__ or cause.__context__
+    return f"{error!s:.{_SHOWN}}".partition("\n")[0] or type(error).__name__
 
 
 def check_folder(folder: str | Path) -> None:
@@ -88,7 +104,7 @@ def check_folder(folder: str | Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json, so it is not a checkpoint as published on the hub")
+        raise CheckpointError(f"{folder} has no config.json{instead_of(folder)}")
     _weight_files(folder)
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
         raise CheckpointError(
@@ -123,7 +139,9 @@ def _no_safetensors(folder: Path) -> CheckpointError:
     problem = f"{folder} has neither model.safetensors nor model.safetensors.index.json"
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
     if not others:
-        return CheckpointError(problem)
+        return CheckpointError(f"{problem}: the weights are missing. Download or copy the model's safetensors files")
+    if all(name.endswith(".gguf") for name in others):
+        return CheckpointError(f"{problem}, only {_some(others)}{NO_GGUF}")
     return CheckpointError(
         f"{problem}, only {_some(others)}; Preble reads safetensors. Weights in .bin files can be converted with "
         f"transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
@@ -216,11 +234,15 @@ def _read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
     from safetensors import SafetensorError, safe_open
 
     def corrupt(why: object) -> CheckpointError:
-        return CheckpointError(f"{path} is cut short, corrupt or not a safetensors file: {why!s:.{_SHOWN}}")
+        return CheckpointError(
+            f"{path} is cut short, corrupt or not a safetensors file: {why!s:.{_SHOWN}}. Download or copy it again"
+        )
 
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+        if is_git_pointer(path):
+            raise CheckpointError(git_pointer(path))
         if length > MAX_HEADER:
             raise corrupt(f"its header claims {length} bytes, more than {MAX_HEADER}")
         with panics_as(corrupt), safe_open(path, framework="pt") as opened:
@@ -228,4 +250,4 @@ def _read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
                 header = opened.get_slice(name)
                 yield name, TensorEntry(path, tuple(header.get_shape()), header.get_dtype())
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise corrupt(error) from error
+        raise corrupt(error) from None

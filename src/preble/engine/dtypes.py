@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 import torch
 
 from preble.errors import InvalidRequest
@@ -19,7 +21,9 @@ def resolve_dtype(dtype: str, *, stored: str, device: torch.device) -> torch.dty
         native = device.type == "cuda" or (stored == "bfloat16" and _cpu_computes_in_bf16())
         return _SUPPORTED.get(stored, torch.float32) if native else torch.float32
     if dtype not in _SUPPORTED:
-        raise InvalidRequest(f"dtype is {dtype!r}; use 'auto' or one of {', '.join(map(repr, _SUPPORTED))}")
+        close = difflib.get_close_matches(str(dtype), _SUPPORTED, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InvalidRequest(f"dtype must be 'auto' or one of {', '.join(map(repr, _SUPPORTED))}, not {dtype!r}{hint}")
     return _SUPPORTED[dtype]
 
 

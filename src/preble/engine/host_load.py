@@ -64,11 +64,12 @@ def kv_pages(model: Model, page_size: int, wanted_bytes: int | None, *, sharing:
         if budget * sharing > free:
             raise DeviceError(
                 f"kv_memory of {budget / GIB:.2f} GiB for each of {sharing} replicas is more than the "
-                f"{free / GIB:.2f} GiB free on {model.device}; lower kv_memory or replicas"
+                f"{free / GIB:.2f} GiB free on {model.device}; lower kv_memory or replicas, or leave kv_memory out"
             )
     pages = budget // page_bytes
     if pages < 1:
         raise DeviceError(
-            f"kv_memory of {budget} bytes holds not one page of {page_bytes} bytes; raise kv_memory or lower page_size"
+            f"kv_memory of {budget} bytes holds not one page of {page_bytes} bytes ({page_size} tokens); raise "
+            "kv_memory or lower page_size"
         )
     return pages

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from preble.engine.folder_advice import git_pointer, is_git_pointer
 from preble.errors import CheckpointError, shown
 
 MAX_BYTES = 64 << 20
@@ -110,6 +111,8 @@ def read_json(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
+        if is_git_pointer(path):
+            raise CheckpointError(git_pointer(path)) from None
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(values).__name__}")

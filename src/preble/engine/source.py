@@ -5,17 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import re
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from preble.demo import CHECKPOINT
 from preble.engine.checkpoint import resolve_model
 from preble.engine.config import ModelConfig
 from preble.engine.engine import Engine
@@ -24,7 +20,7 @@ from preble.engine.options import EngineOptions
 from preble.engine.runner import Runner
 from preble.engine.token_text import RestoredTokenText, TokenText, TokenTextState
 from preble.engine.tokenizer import Tokenizer
-from preble.errors import DeviceError, InvalidRequest
+from preble.errors import DeviceError, InvalidRequest, shown
 
 if TYPE_CHECKING:
     from preble.engine.batch import Model
@@ -52,7 +48,7 @@ class ModelLoad(Protocol):
 
 class EngineSource:
     """A checkpoint from which engines are made. Weights are loaded with the first engine on a device and shared by
-    those that follow. To be closed, or used in a `with` block; engines live on.
+    those that follow.
 
     Args:
         model: a folder, a hub id or `"demo"`.
@@ -70,24 +66,10 @@ class EngineSource:
         self._kv_bytes = None if options.kv_memory is None else parse_bytes(options.kv_memory)
         self._loads: dict[torch.device, ModelLoad] = {}
         self._lock = threading.Lock()
-        with ExitStack() as scope:
-            self.folder = scope.enter_context(_checkpoint_folder(model)).absolute()
-            """Where the checkpoint lies, until `close`."""
-            self.config = ModelConfig.from_folder(self.folder)
-            self.text: TokenText = Tokenizer(self.folder) if text is None else RestoredTokenText(text)
-            self._scope = scope.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give back what loading needed. No model is loaded after this."""
-        self._scope.close()
+        self.folder = (CHECKPOINT if model == "demo" else resolve_model(model)).absolute()
+        """Where the checkpoint lies."""
+        self.config = ModelConfig.from_folder(self.folder)
+        self.text: TokenText = Tokenizer(self.folder) if text is None else RestoredTokenText(text)
 
     def engine(self, number: int, device: str, *, sharing: int, pages: int | None = None) -> Engine:
         """An engine for replica `number`. Blocks, for as long as loading takes; may be called from any thread.
@@ -170,25 +152,15 @@ class EngineSource:
         )
 
 
-@contextmanager
-def _checkpoint_folder(model: str) -> Iterator[Path]:
-    """The folder to load from; the built-in model's exists only meanwhile."""
-    if model != "demo":
-        yield resolve_model(model)
-        return
-    from preble.demo_model import write_demo_model
-
-    with tempfile.TemporaryDirectory(prefix="preble-demo-") as folder:
-        write_demo_model(Path(folder))
-        yield Path(folder)
-
-
 def parse_bytes(value: int | str) -> int:
     """`"2GiB"`, `"512 MiB"`, `"1.5GB"` or a plain number of bytes."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     units = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+    units |= {"tib": 1 << 40, "tb": 10**12}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower()) if isinstance(value, str) else None
     if match is None or match[2] not in units or float(match[1]) == 0:
-        raise InvalidRequest(f"kv_memory must be a number of bytes or a string such as '2GiB', not {value!r}")
+        raise InvalidRequest(
+            f"kv_memory must be a number of bytes, or a string such as '2GiB' or '500MB', not {shown(value)}"
+        )
     return int(float(match[1]) * units[match[2]])

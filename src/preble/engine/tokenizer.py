@@ -32,6 +32,7 @@ _NOT_FOR_TEMPLATES = frozenset(
     }
 )
 """What `apply_chat_template` takes for itself, and `chat` decides."""
+_MESSAGE = "{'role': 'user', 'content': 'Hello'}"
 _LONGEST_FILES = {".json": 128 << 20, ".model": 64 << 20, ".txt": 64 << 20, ".jinja": 1 << 20}
 """Bytes of a file of that kind. The largest published vocabularies take 34 MB."""
 _LONGEST_REASON = 500
@@ -107,7 +108,8 @@ class Tokenizer:
                 raise UnknownOption(f"{name!r} is not a variable of chat templates")
         if self._hf.chat_template is None and "chat_template" not in variables:
             raise InvalidRequest(
-                f"{self.folder} has no chat template: add its chat_template.jinja, or give the prompt as text"
+                f"{self.folder} has no chat template, as checkpoints that were not trained to chat: add its "
+                "chat_template.jinja, or lay the prompt out as text and use generate"
             )
         if tools is not None and (not isinstance(tools, Sequence) or isinstance(tools, str | bytes)):
             raise InvalidRequest(f"tools must be a sequence of descriptions, not {type(tools).__name__}")
@@ -239,10 +241,12 @@ def _check_sizes(folder: Path) -> None:
 
 def _conversation(messages: object) -> list[dict[str, Any]]:
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise InvalidRequest(f"messages must be a sequence of mappings with a role, not {type(messages).__name__}")
+        raise InvalidRequest(f"messages must be a sequence of mappings, such as [{_MESSAGE}], not {shown(messages)}")
     if not messages:
         raise InvalidRequest("messages is empty: a conversation needs one message at least")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InvalidRequest(f"messages[{number}] must be a mapping with a role, not {shown(message)}")
+            raise InvalidRequest(
+                f"messages[{number}] must be a mapping with a role, such as {_MESSAGE}, not {shown(message)}"
+            )
     return [dict(message) for message in messages]

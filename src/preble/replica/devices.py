@@ -41,5 +41,8 @@ def _device(name: str) -> torch.device:
             "`nvidia-smi` work, is its driver new enough for that CUDA version, and is CUDA_VISIBLE_DEVICES right?"
         )
     if (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"device {name!r} does not exist: {torch.cuda.device_count()} CUDA devices are visible here")
+        raise DeviceError(
+            f"device {name!r} does not exist: {torch.cuda.device_count()} CUDA devices are visible here. Leave devices "
+            "out to use all of them, or set CUDA_VISIBLE_DEVICES"
+        )
     return torch.device("cuda", device.index or 0)

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from preble.engine.messages import Command, Crash, Launch, LogLine, News, Ready, StepReport
-from preble.errors import CheckpointError, DeviceError, InvalidRequest, UnsupportedModel
+from preble.errors import CheckpointError, DeviceError, InvalidRequest, PrebleError, UnsupportedModel
 from preble.replica.base import Listener
 from preble.replica.worker_process import WorkerProcess
 from preble.replica.worker_stream import WorkerStream
@@ -184,7 +184,8 @@ class ProcessReplica:
                 return
             self._failed = True
             self._commands.clear()
-        logger.error("replica %d stopped on an error", self.number, exc_info=error)
+        if not isinstance(error, PrebleError):  # which says all, and is raised or logged by the cluster
+            logger.error("replica %d stopped on an error", self.number, exc_info=error)
         self._listener.failed(self, error)
 
 

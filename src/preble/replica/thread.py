@@ -11,6 +11,7 @@ import torch
 from preble.engine.engine import Engine
 from preble.engine.messages import Command
 from preble.engine.service import serve
+from preble.errors import PrebleError
 from preble.replica.base import Listener
 
 logger = logging.getLogger("preble.replica")
@@ -93,7 +94,8 @@ class ThreadReplica:
             serve(engine, self._take, lambda report: self._listener.reported(self, report))
         except BaseException as error:
             if not self._stopping:
-                logger.exception("replica %d stopped on an error", self.number)
+                if not isinstance(error, PrebleError):  # which says all, and is raised or logged by the cluster
+                    logger.exception("replica %d stopped on an error", self.number)
                 self.stop()
                 self._listener.failed(self, error)
         finally:

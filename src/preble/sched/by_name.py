@@ -30,5 +30,7 @@ def by_name(argument: str, name: object, known: Mapping[str, T], instead: str = 
     else:
         close = []
     hint = f"; did you mean {close[0]!r}?" if close else ""
+    if isinstance(name, type):
+        hint = f"; that is a class: make an object of it, {name.__name__}()"
     either = f", or {instead}" if instead else ""
     raise InvalidRequest(f"{argument} must be one of {', '.join(sorted(known))}{either}, not {name!r}{hint}")
