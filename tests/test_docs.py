@@ -24,14 +24,17 @@ from preble.demo_model import write_demo_model
 from preble.sched import POLICIES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "examples" / "README.md",
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts),
+]
 README = (ROOT / "README.md").read_text()
 
 SHELL = ("bash", "console", "sh")
 DATA = ("json", "toml")
 PROSE = {
     ("docs/architecture.md", "app              await cluster.generate("): "a drawing of who does what",
-    ("docs/operations.md", "# server.py, run as: uvicorn server:app"): "a file of its own, for a web server",
     ("docs/testing-schedulers.md", "explain said"): "what the test above prints",
 }
 """Blocks in no language that a test runs or reads, by page and the start of their first line, and why there are any."""

@@ -44,11 +44,12 @@ def public_names() -> dict[str, str]:
         for name in importlib.import_module(module).__all__:
             value = getattr(importlib.import_module(module), name)
             path = VALUES.get(name, f"{module}.{name}")
-            names[name] = path
+            names[name] = names[f"{module}.{name}"] = path
             if inspect.isclass(value):
                 members = [member for member in dir(value) if not member.startswith("_")]
                 names |= {f"{name}.{member}": f"{path}.{member}" for member in members}
-    return names | {path: path for path in names.values()}
+                names |= {f"{path}.{member}": f"{path}.{member}" for member in members}
+    return names
 
 
 def as_rest(lines: list[str]) -> list[str]:
