@@ -169,12 +169,11 @@ class Roster:
             life.stop()
 
     async def join(self) -> None:
-        """Wait until everything that was started has ended, and give back what it held. After `stop`."""
+        """Wait until everything that was started has ended. After `stop`."""
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self._ticker.join)
             for life in list(self._lives):
                 await self.bury(life)
-            await anyio.to_thread.run_sync(self._launcher.close)
 
     async def bury(self, life: Replica) -> None:
         """Wait until a replica that was asked to end has ended. A thread that takes longer than a step may take hangs,

@@ -9,13 +9,19 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import preble
 from preble.cli import BROKEN_PIPE, main, make_parser
+from preble.demo import Handbook
+from preble.demo.handbook import lookup
 
 CACHED = re.compile(r"\[(\d+) prompt tokens, (\d+) of them cached; (\d+) generated")
+HANDBOOK = Handbook.generate(0, 40, attribute="badge")
+QUESTION = lookup(HANDBOOK.facts[0])
+PROMPT = HANDBOOK.prompt(QUESTION)
 
 
 @pytest.fixture(autouse=True)
@@ -133,45 +139,41 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_as_a_program_between_two_pipes() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "preble", "generate", "--model", "demo", "--max-tokens", "5"],
-        input="where is the old house\n",
+        [sys.executable, "-m", "preble", "generate", "--model", "demo", "--max-tokens", "12"],
+        input=f"{PROMPT}\n",
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 5
+    assert QUESTION.is_answered_by(done.stdout)
     assert done.stdout.endswith("\n")
-    assert re.fullmatch(r"\[\d+ prompt tokens, 5 generated \(length\), .*\]\n", done.stderr)
+    assert re.fullmatch(r"\[\d+ prompt tokens, 3 generated \(stop\), .*\]\n", done.stderr)
 
 
 def test_a_prompt_may_come_from_either_side(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["generate", "--model", "demo", "--max-tokens", "6", "where is the old house"]) == 0
+    assert main(["generate", "--model", "demo", PROMPT]) == 0
     from_argument = capsys.readouterr().out
-    give(monkeypatch, "where is the old house\n")
-    assert main(["generate", "--model", "demo", "--max-tokens", "6"]) == 0
+    give(monkeypatch, f"{PROMPT}\n")
+    assert main(["generate", "--model", "demo"]) == 0
     assert capsys.readouterr().out == from_argument
-    assert len(from_argument.split()) == 6
+    assert QUESTION.is_answered_by(from_argument)
 
 
 def test_sampling_values_reach_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["generate", "--model", "demo", "--max-tokens", "12", "where is the old house"]
+    command = ["generate", "--model", "demo", "--max-tokens", "12", PROMPT]
+    hot = ["--temperature", "100", "--seed", "1"]
     texts = []
-    for options in (
-        ["--temperature", "1", "--seed", "1"],
-        ["--temperature", "1", "--seed", "1", "--top-k", "1"],
-        ["--temperature", "1", "--seed", "1", "--top-p", "0.0001"],
-        [],
-    ):
+    for options in (hot, [*hot, "--top-k", "1"], [*hot, "--top-p", "0.0001"], []):
         assert main([*command, *options]) == 0
-        texts.append(capsys.readouterr().out.split())
+        texts.append(capsys.readouterr().out.strip())
     drawn, by_top_k, by_top_p, greedy = texts
     assert drawn != greedy
-    assert by_top_k == by_top_p == greedy
-    assert main([*command, "--stop", greedy[3]]) == 0
+    assert by_top_k == by_top_p == greedy == QUESTION.answer
+    assert main([*command, "--stop", greedy[2:]]) == 0
     shown = capsys.readouterr()
-    assert shown.out.split() == greedy[:3]
+    assert shown.out.strip() == greedy[:2]
     assert "(stop)" in shown.err
 
 
@@ -187,20 +189,20 @@ def test_a_reader_that_goes_away_is_no_accident(
 
 
 def test_a_chat_finds_its_history_cached(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    give(
-        monkeypatch, "where is the old house\n\nand the river\nand the sea\n/reset\nwhere is the old house\n/exit\nno\n"
-    )
-    assert main(["chat", "--model", "demo", "--max-tokens", "24", "--system", "you are a guide to the island"]) == 0
+    asked = [lookup(fact) for fact in HANDBOOK.facts[:3]]
+    give(monkeypatch, f"{asked[0].text}\n\n{asked[1].text}\n{asked[2].text}\n/reset\n{asked[0].text}\n/exit\nno\n")
+    assert main(["chat", "--model", "demo", "--max-tokens", "12", "--system", HANDBOOK.text]) == 0
     shown = capsys.readouterr()
     answers = shown.out.splitlines()
     turns = [tuple(map(int, turn)) for turn in CACHED.findall(shown.err)]
     assert len(turns) == len(answers) == 4
-    assert all(len(answer.split()) == generated == 24 for answer, (_, _, generated) in zip(answers, turns, strict=True))
+    for question, answer in zip([*asked, asked[0]], answers, strict=True):
+        assert question.is_answered_by(answer)
     first, second, third, again = turns
     assert first[1] == 0
     # Prompt and answer of the turn before in whole pages of 16, but for the last token, which was never fed back.
-    assert 0 < second[1] == (first[0] + 24 - 1) // 16 * 16
-    assert second[1] < third[1] == (second[0] + 24 - 1) // 16 * 16
+    assert 0 < second[1] == (first[0] + first[2] - 1) // 16 * 16
+    assert third[1] == (second[0] + second[2] - 1) // 16 * 16
     assert again[0] == first[0]
     assert answers[3] == answers[0]
 
@@ -208,13 +210,13 @@ def test_a_chat_finds_its_history_cached(monkeypatch: pytest.MonkeyPatch, capsys
 def test_a_turn_that_fails_leaves_the_chat_going(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    give(monkeypatch, f"{'where ' * 20_000}\nwhere is the old house\n")
-    assert main(["chat", "--model", "demo", "--max-tokens", "4"]) == 1
+    give(monkeypatch, f"{'where ' * 20_000}\n{QUESTION.text}\n")
+    assert main(["chat", "--model", "demo", "--system", HANDBOOK.text]) == 1
     shown = capsys.readouterr()
     error, turn = shown.err.splitlines()
-    assert error.startswith("preble chat: the prompt has 20")
+    assert error.startswith("preble chat: the prompt has 1")
     assert CACHED.match(turn)
-    assert len(shown.out.split()) == 4
+    assert QUESTION.is_answered_by(shown.out)
 
 
 class InterruptsAtFirstWord(io.StringIO):
@@ -232,17 +234,17 @@ class InterruptsAtFirstWord(io.StringIO):
 
 
 def test_an_interrupt_ends_the_answer_and_not_the_chat(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = InterruptsAtFirstWord()
     monkeypatch.setattr("sys.stdout", out)
     give(monkeypatch, "where is the old house\nand the river\n")
-    assert main(["chat", "--model", "demo", "--max-tokens", "400"]) == 0
+    assert main(["chat", "--model", str(llama), "--max-tokens", "100"]) == 0
     first, second = capsys.readouterr().err.splitlines()
     assert first.endswith("stopped]")
-    assert int(CACHED.match(first)[3]) < 400
+    assert int(CACHED.match(first)[3]) < 100
     assert not second.endswith("stopped]")
-    assert int(CACHED.match(second)[3]) == 400
+    assert int(CACHED.match(second)[3]) == 100
     assert int(CACHED.match(second)[1]) > int(CACHED.match(first)[1])
 
 

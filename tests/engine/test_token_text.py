@@ -76,8 +76,7 @@ from preble.engine.source import EngineSource
 from preble.engine.token_text import TokenTextState
 import preble.engine.worker
 state = msgspec.json.decode(sys.stdin.buffer.read(), type=TokenTextState)
-with EngineSource(sys.argv[1], EngineOptions(dtype="float32", kv_memory="1MiB"), state) as source:
-    source.engine(0, "cpu", sharing=1)
+EngineSource(sys.argv[1], EngineOptions(dtype="float32", kv_memory="1MiB"), state).engine(0, "cpu", sharing=1)
 print("transformers" in sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", code, str(llama)], input=state, capture_output=True, check=True)

@@ -57,21 +57,14 @@ def test_pages_are_what_the_memory_holds(llama: Path) -> None:
 
 
 def test_engines_on_a_device_share_one_copy_of_the_weights(llama: Path) -> None:
-    with EngineSource(str(llama), EngineOptions(dtype="float32", page_size=16, kv_memory="64KiB")) as source:
-        engines = [source.engine(number, "cpu", sharing=3) for number in range(3)]
-        few = source.engine(3, "cpu", sharing=3, pages=2)
+    source = EngineSource(str(llama), EngineOptions(dtype="float32", page_size=16, kv_memory="64KiB"))
+    engines = [source.engine(number, "cpu", sharing=3) for number in range(3)]
+    few = source.engine(3, "cpu", sharing=3, pages=2)
     assert len({id(engine._runner._model) for engine in engines}) == 1
     assert len({id(engine._runner._kv) for engine in engines}) == 3
     assert [engine.stats().replica for engine in engines] == [0, 1, 2]
     assert engines[0].ready().pages == (64 << 10) // (2 * 2 * 16 * 2 * 8 * 4)
     assert few.ready().pages == 2
-
-
-def test_the_built_in_models_files_are_gone_afterwards() -> None:
-    with EngineSource("demo", EngineOptions()) as source:
-        folder = source.folder
-        assert folder.is_dir()
-    assert not folder.exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc, which only Linux has")
@@ -121,7 +114,6 @@ def test_replicas_with_a_gpu_of_their_own_are_processes(
     llama: Path, devices: list[str], workers: Workers, in_processes: bool
 ) -> None:
     launcher = Launcher(str(llama), [torch.device(name) for name in devices], workers, EngineOptions())
-    launcher.close()
     assert launcher.in_processes == in_processes
 
 
@@ -129,4 +121,4 @@ def test_processes_on_one_gpu_must_know_their_share_of_it(llama: Path) -> None:
     shared = [torch.device("cuda:0")] * 2
     with pytest.raises(InvalidRequest, match="need kv_memory"):
         Launcher(str(llama), shared, "process", EngineOptions())
-    Launcher(str(llama), shared, "process", EngineOptions(kv_memory="1GiB")).close()
+    Launcher(str(llama), shared, "process", EngineOptions(kv_memory="1GiB"))

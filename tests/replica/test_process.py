@@ -144,8 +144,7 @@ def crash(what: str) -> BaseException:
 
 def test_a_process_serves_the_same_tokens_as_an_engine_here(llama: Path) -> None:
     requests = [submit("greedy", temperature=0.0), submit("seeded", tokens=40, logprobs=2, stop=("\x00\x00",))]
-    with EngineSource(str(llama), OPTIONS) as source:
-        engine = source.engine(3, "cpu", sharing=1)
+    engine = EngineSource(str(llama), OPTIONS).engine(3, "cpu", sharing=1)
     expected: list[Delta] = []
     for request in requests:
         engine.submit(request)

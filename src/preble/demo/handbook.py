@@ -124,8 +124,7 @@ class Handbook:
             ValueError: nothing in this handbook can be asked in one of these ways.
         """
         rng = random.Random(f"questions {seed}")
-        pairs = self._pairs()
-        if "two facts" in kinds and not pairs:
+        if "two facts" in kinds and not self.pairs:
             raise ValueError("no value of a fact in this handbook is the subject of another one")
         while True:
             kind = rng.choice(kinds)
@@ -134,26 +133,35 @@ class Handbook:
             elif kind == "absent":
                 yield self._absent(rng)
             else:
-                yield two_facts(*rng.choice(pairs))
+                yield two_facts(*rng.choice(self.pairs))
 
-    def _pairs(self) -> list[tuple[Fact, Fact]]:
-        """Facts whose value is the subject of another, with that other."""
+    @cached_property
+    def pairs(self) -> list[tuple[Fact, Fact]]:
+        """Facts whose value is the subject of another, with that other: what "two facts" asks about."""
         by_subject: dict[str, list[Fact]] = {}
         for fact in self.facts:
             by_subject.setdefault(fact.subject, []).append(fact)
         return [(first, second) for first in self.facts for second in by_subject.get(first.value, ())]
 
     def _absent(self, rng: random.Random) -> Question:
-        """About a stranger, or about what is not said of somebody."""
+        """About a stranger, about one who has half of the name of somebody listed, or about what is not said of
+        somebody."""
         while True:
-            domain = rng.choice(list(DOMAINS.values()))
-            attribute = rng.choice(sorted(domain.attributes))
-            if rng.random() < 0.5:
+            fact = rng.choice(self.facts)
+            domain = next(domain for domain in DOMAINS.values() if fact.attribute in domain.attributes)
+            case = rng.randrange(3)
+            if case == 0:
+                domain = rng.choice(list(DOMAINS.values()))
                 subject = _subject(rng, domain)
+            elif case == 1:
+                first, second = fact.subject.split(domain.joint)
+                kept = rng.random() < 0.5
+                subject = domain.joint.join(
+                    (first if kept else rng.choice(domain.first), rng.choice(domain.second) if kept else second)
+                )
             else:
-                subject = rng.choice(self.facts).subject
-                if not any(name in domain.attributes for name, known in self.known if known == subject):
-                    continue
+                subject = fact.subject
+            attribute = fact.attribute if case == 1 else rng.choice(sorted(domain.attributes))
             if (attribute, subject) not in self.known:
                 return Question("absent", f"{attribute} of {subject}?", UNKNOWN)
 

@@ -139,8 +139,8 @@ def _serve(launch: Launch, parent: Parent) -> None:
     from preble.engine.source import EngineSource
 
     torch.set_num_threads(launch.torch_threads)
-    with EngineSource(launch.model, launch.options, launch.text) as source:
-        engine = source.engine(launch.replica, launch.device, sharing=launch.sharing, pages=launch.pages)
+    source = EngineSource(launch.model, launch.options, launch.text)
+    engine = source.engine(launch.replica, launch.device, sharing=launch.sharing, pages=launch.pages)
     gc.freeze()  # what was loaded stays: a full collection that looks at it stops a step for a tenth of a second
     parent.send(engine.ready())
     serve(engine, parent.take, parent.send)

@@ -89,10 +89,6 @@ class Launcher:
 
         return ThreadReplica(number, engine, listener, torch_threads=self._torch_threads)
 
-    def close(self) -> None:
-        """Nothing will be started any more."""
-        self._source.close()
-
 
 def in_a_thread_of_its_own(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call `function` in a thread that ends with it.
