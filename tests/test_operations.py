@@ -19,7 +19,7 @@ import anyio.abc
 import anyio.from_thread
 import anyio.to_thread
 import pytest
-from watching import faulty_steps, hanging_step, health, until
+from watching import faulty_steps, hanging_step, health, undisturbed, until
 
 import preble
 from preble import Cluster
@@ -91,12 +91,6 @@ def engine_threads() -> list[threading.Thread]:
 
 def in_flight(cluster: Cluster) -> dict[int, int]:
     return {one.replica: one.in_flight for one in cluster.health().replicas}
-
-
-async def expected(model: Path, prompts: list[str], **options: Any) -> list[tuple[int, ...]]:
-    """What an undisturbed cluster answers."""
-    async with serving(model, replicas=1) as cluster:
-        return [output.token_ids for output in await cluster.generate_many(prompts, **options)]
 
 
 class Load:
@@ -191,7 +185,7 @@ async def test_an_added_replica_gets_work_under_a_new_number(llama: Path) -> Non
 
 
 async def test_replicas_are_added_under_load_and_two_at_once(llama: Path) -> None:
-    tokens = await expected(llama, PROMPTS * 3, **LONG)
+    tokens = await undisturbed(llama, PROMPTS * 3, **LONG)
     async with serving(llama, replicas=1) as cluster:
         numbers: list[int] = []
 
@@ -273,7 +267,7 @@ async def test_leaving_the_cluster_ends_who_is_just_being_added(llama: Path, mon
 
 
 async def test_a_draining_replica_finishes_what_runs_and_hands_over_what_waits(llama: Path) -> None:
-    tokens = await expected(llama, [*PROMPTS, *PROMPTS[:2]], **LONG)
+    tokens = await undisturbed(llama, [*PROMPTS, *PROMPTS[:2]], **LONG)
     async with serving(llama, max_running=1) as cluster:
         async with load(cluster) as running, anyio.create_task_group() as group:
             await paused_in_the_middle(cluster, running, PROMPTS, **LONG)
@@ -317,7 +311,7 @@ async def test_draining_does_not_wait_for_what_runs_elsewhere(llama: Path) -> No
 
 
 async def test_what_a_lone_draining_replica_has_it_keeps(llama: Path) -> None:
-    tokens = await expected(llama, PROMPTS + PROMPTS[:1], **LONG)
+    tokens = await undisturbed(llama, PROMPTS + PROMPTS[:1], **LONG)
     async with serving(llama, replicas=1, max_running=2) as cluster:
         async with load(cluster) as running:
             await paused_in_the_middle(cluster, running, PROMPTS, **LONG)
@@ -361,7 +355,7 @@ async def test_a_replica_that_is_not_there_is_named(llama: Path) -> None:
 
 
 async def test_a_draining_replica_that_crashes_drains_on(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = await expected(llama, PROMPTS, **LONG)
+    tokens = await undisturbed(llama, PROMPTS, **LONG)
     armed, struck = threading.Event(), threading.Event()
 
     def fault(engine: Engine) -> None:
@@ -390,7 +384,7 @@ async def test_a_draining_replica_that_crashes_drains_on(llama: Path, monkeypatc
 
 
 async def test_what_runs_on_a_removed_replica_goes_on_elsewhere(llama: Path) -> None:
-    tokens = await expected(llama, PROMPTS, **LONG)
+    tokens = await undisturbed(llama, PROMPTS, **LONG)
     async with serving(llama, max_running=2) as cluster:
         async with load(cluster) as running:
             await paused_in_the_middle(cluster, running, PROMPTS, at_least=4, **LONG)
@@ -410,7 +404,7 @@ async def test_what_runs_on_a_removed_replica_goes_on_elsewhere(llama: Path) -> 
 
 
 async def test_without_a_time_limit_what_runs_on_a_removed_replica_ends_there(llama: Path) -> None:
-    tokens = await expected(llama, PROMPTS, **LONG)
+    tokens = await undisturbed(llama, PROMPTS, **LONG)
     async with serving(llama, max_running=2) as cluster:
         async with load(cluster) as running, anyio.create_task_group() as group:
             await paused_in_the_middle(cluster, running, PROMPTS, at_least=4, **LONG)
@@ -425,7 +419,7 @@ async def test_without_a_time_limit_what_runs_on_a_removed_replica_ends_there(ll
 
 
 async def test_a_second_removal_of_the_same_may_be_in_more_of_a_hurry(llama: Path) -> None:
-    tokens = await expected(llama, PROMPTS, **LONG)
+    tokens = await undisturbed(llama, PROMPTS, **LONG)
     async with serving(llama) as cluster, load(cluster) as running:
         await paused_in_the_middle(cluster, running, PROMPTS, **LONG)
         async with anyio.create_task_group() as group:
@@ -466,7 +460,7 @@ async def test_the_last_replica_that_takes_requests_cannot_be_removed(llama: Pat
 
 async def test_replicas_come_and_go_under_load(llama: Path) -> None:
     prompts = PROMPTS * 6
-    tokens = await expected(llama, prompts, **LONG)
+    tokens = await undisturbed(llama, prompts, **LONG)
     async with serving(llama, max_running=3) as cluster:
         async with load(cluster) as running:
             running.add(prompts, **LONG)
@@ -510,7 +504,7 @@ async def test_a_patience_that_is_none_is_refused(llama: Path) -> None:
 
 
 async def test_after_a_reset_nothing_is_found_that_was_computed_before(llama: Path) -> None:
-    tokens = await expected(llama, PROMPTS, **LONG)
+    tokens = await undisturbed(llama, PROMPTS, **LONG)
     async with serving(llama) as cluster:
         for found in (False, True):
             outputs = [await cluster.generate(PROMPTS[0], **SHORT) for _ in range(2)]
@@ -532,7 +526,7 @@ async def test_after_a_reset_nothing_is_found_that_was_computed_before(llama: Pa
 
 
 async def test_nothing_is_computed_while_the_cluster_is_paused(llama: Path) -> None:
-    tokens = await expected(llama, PROMPTS + PROMPTS, **LONG)
+    tokens = await undisturbed(llama, PROMPTS + PROMPTS, **LONG)
     async with serving(llama, max_running=2) as cluster:
         async with load(cluster) as running:
             await paused_in_the_middle(cluster, running, PROMPTS, **LONG)
@@ -587,7 +581,7 @@ async def test_what_ends_while_the_cluster_is_paused_gives_its_pages_back(llama:
 
 
 async def test_replicas_that_come_while_the_cluster_is_paused_are_paused(llama: Path) -> None:
-    tokens = await expected(llama, PROMPTS, **LONG)
+    tokens = await undisturbed(llama, PROMPTS, **LONG)
     async with serving(llama, restart_timeout=600) as cluster:
         async with load(cluster) as running:
             await paused_in_the_middle(cluster, running, PROMPTS, **LONG)
@@ -644,7 +638,7 @@ async def test_pausing_just_as_a_replica_comes_reaches_it(
 async def test_a_replica_that_hangs_is_noticed_while_others_are_paused(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens = await expected(llama, PROMPTS, **LONG)
+    tokens = await undisturbed(llama, PROMPTS, **LONG)
     with hanging_step(monkeypatch) as (hanging, go_on):
         async with serving(llama, hang_timeout=1.0) as cluster:
             async with load(cluster) as running:
@@ -718,7 +712,7 @@ async def test_health_tells_what_replicas_go_through(llama: Path, monkeypatch: p
 
 
 async def test_shutting_down_lets_those_finish_who_are_served(llama: Path) -> None:
-    tokens = await expected(llama, PROMPTS[:4], **LONG)
+    tokens = await undisturbed(llama, PROMPTS[:4], **LONG)
     async with Cluster(llama, replicas=1, dtype="float32", kv_memory="1MiB", max_pending=4) as cluster:
         async with load(cluster) as running:
             running.add(PROMPTS[:4], **LONG)
@@ -810,7 +804,7 @@ async def test_nobody_waits_for_ever_for_a_thread_that_hangs(
 
 async def test_two_clusters_live_side_by_side(llama: Path, checkpoint: Callable[[str], Path]) -> None:
     qwen = checkpoint("qwen3")
-    tokens = await expected(llama, PROMPTS, **LONG), await expected(qwen, PROMPTS, **LONG)
+    tokens = await undisturbed(llama, PROMPTS, **LONG), await undisturbed(qwen, PROMPTS, **LONG)
     async with serving(qwen, policy="e2") as second, load(second) as other:
         async with serving(llama, policy="prefix-affinity") as first, load(first) as one:
             one.add(PROMPTS, **LONG)
@@ -840,7 +834,7 @@ async def test_a_cluster_is_used_from_threads_through_the_event_loop(llama: Path
         async with anyio.create_task_group() as group:
             for number in range(len(PROMPTS)):
                 group.start_soon(ask, number)
-    assert found == await expected(llama, PROMPTS, **LONG)
+    assert found == await undisturbed(llama, PROMPTS, **LONG)
 
 
 async def test_a_cluster_is_entered_in_one_task_and_left_in_another(llama: Path) -> None:
@@ -894,7 +888,7 @@ def test_between_two_calls_into_its_event_loop_a_cluster_can_be_looked_at(llama:
 
 async def test_a_name_is_free_again_at_once_after_an_abort(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the replica still tells of the aborted request is not taken for the next one of that name."""
-    [tokens] = await expected(llama, PROMPTS[1:2], **LONG)
+    [tokens] = await undisturbed(llama, PROMPTS[1:2], **LONG)
     armed, stepped, go_on = threading.Event(), threading.Event(), threading.Event()
     original = Engine.step
 
@@ -931,7 +925,7 @@ async def test_in_any_order_of_operations_no_request_is_lost(llama: Path, seed: 
     them leave early: the others get what they would have got."""
     rng = random.Random(seed)
     prompts = PROMPTS * 5
-    tokens = await expected(llama, prompts, **LONG)
+    tokens = await undisturbed(llama, prompts, **LONG)
     options = {"max_running": rng.choice([2, 8]), "policy": rng.choice(["round-robin", "e2"]), "kv_memory": "128KiB"}
     async with serving(llama, replicas=3, **options) as cluster:
         scheduler = cluster._dispatcher._scheduler

@@ -1,10 +1,11 @@
-"""What tests of a running cluster share: waiting for a condition, a replica's health, faults in its steps."""
+"""What tests of a running cluster share: its answers undisturbed, waiting, a replica's health, faults in its steps."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -12,6 +13,19 @@ import pytest
 
 from preble import Cluster, ReplicaHealth
 from preble.engine.engine import Engine
+
+_UNDISTURBED: dict[tuple[Path, str, str], tuple[int, ...]] = {}
+"""Model, prompt and options -> tokens."""
+
+
+async def undisturbed(model: Path, prompts: list[str], **options: Any) -> list[tuple[int, ...]]:
+    """The tokens that each prompt gives where nothing happens. Found out once in a process for the same options."""
+    keys = {prompt: (model, prompt, repr(sorted(options.items()))) for prompt in prompts}
+    if unknown := [prompt for prompt, key in keys.items() if key not in _UNDISTURBED]:
+        async with Cluster(model, replicas=1, page_size=16, kv_memory="1MiB", dtype="float32") as cluster:
+            outputs = await cluster.generate_many(unknown, **options)
+        _UNDISTURBED.update((keys[prompt], one.token_ids) for prompt, one in zip(unknown, outputs, strict=True))
+    return [_UNDISTURBED[keys[prompt]] for prompt in prompts]
 
 
 async def until(condition: Callable[[], bool]) -> None:
