@@ -28,7 +28,7 @@ SEEDED: dict[str, Any] = {"max_tokens": 100, "temperature": 1.0, "seed": 11, "ig
 async def test_all_killed_at_once(llama: Path) -> None:
     async with Cluster(llama, replicas=1, **OPTIONS) as cluster:
         expected = [output.token_ids for output in await cluster.generate_many(PROMPTS, **SEEDED)]
-    async with Cluster(llama, replicas=3, workers="process", policy="round-robin", **OPTIONS) as cluster:
+    async with Cluster(llama, replicas=2, workers="process", policy="round-robin", **OPTIONS) as cluster:
         streams = [cluster.stream(prompt, **SEEDED) for prompt in PROMPTS]
         for stream in streams:
             await anext(stream)
