@@ -53,11 +53,12 @@ class Cluster:
     ```
 
     Args:
-        model: a checkpoint folder, a hub id whose files are in the local cache or can be fetched, or `"demo"`.
+        model: a checkpoint folder, a hub id whose files are in the local cache or can be fetched, or `"demo"`, the
+            built-in model.
         replicas: how many engines; one per device by default.
         devices: torch device names, one per replica or fewer (then shared in turn); by default every visible GPU, or
             the CPU where there is none.
-        policy: name of a placement policy, or an object of your own (`preble.sched.policies.Policy`).
+        policy: name of a placement policy, or an object of your own (`preble.sched.Policy`).
         local_order: how a replica serves what waits there: `"hrrn"` (short prompts first, with ageing), `"preble"`
             (groups by the share of the prompt that is cached) or `"fcfs"`.
         workers: `"process"` runs each replica in a process of its own, so that a crash of one harms nobody else;
@@ -91,7 +92,7 @@ class Cluster:
     Raises:
         CheckpointError: on entering, when the model cannot be loaded.
         DeviceError: on entering, when a device does not exist or has too little memory.
-        InvalidRequest: at once, when an argument is out of range.
+        InvalidRequest: at once, when an argument is out of range; on entering, when there is no such policy or order.
     """
 
     def __init__(
@@ -266,7 +267,8 @@ class Cluster:
         """Generate from a prompt and wait for the whole result.
 
         Args:
-            prompt: text, or token ids. Text gets the special tokens that the checkpoint's tokenizer adds.
+            prompt: text, or a sequence or numpy array of token ids. Text gets the special tokens that the checkpoint's
+                tokenizer adds.
             sampling: a `SamplingParams`; `options` are laid over it.
             priority: higher is served first.
             timeout: seconds until `RequestTimeout`, waiting included.
@@ -274,15 +276,19 @@ class Cluster:
             request_id: your own name for the request, unique among those in flight.
             session: a name for the conversation or agent it belongs to, unique within the namespace; a hint that keeps
                 it on one replica where that costs nothing.
-            expected_tokens: how many tokens it will probably generate; a hint, learned per prefix where it is left out.
+            expected_tokens: how many tokens it will probably generate; a hint, learned per prefix where it is left out,
+                and never a limit.
             options: any field of `SamplingParams` by keyword.
+
+        Cancelling the task that waits here aborts the request; its pages are free by the engine's next step.
 
         Raises:
             InvalidRequest: before any work is queued, when an argument is out of range.
             PromptTooLong: … or the prompt leaves no room for a token.
             ClusterOverloaded: `max_pending` requests are in flight, and `overload="refuse"`.
             RequestTimeout: `timeout` passed; what had been generated is in its `partial`.
-            RequestFailed, ReplicaCrashed: the engine could not finish it.
+            RequestFailed: the engine could not continue this one request.
+            ReplicaCrashed: replicas failed under it, or none came up for it.
             ClusterStateError: the cluster is not entered, or was left meanwhile.
         """
         stream = self.stream(

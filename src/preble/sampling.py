@@ -52,36 +52,38 @@ class SamplingParams:
     """
 
     max_tokens: int = 256
-    """The most tokens to generate; fewer when the context or a replica's KV pages end sooner."""
+    """The most tokens to generate, from 1 to 2**31 - 1; fewer when the context or a replica's KV pages end sooner."""
     min_tokens: int = 0
-    """No stop token may end the text, and no stop string is looked for, before this many tokens."""
+    """No stop token may end the text, and no stop string is looked for, before this many tokens; from 0 to
+    `max_tokens`."""
     temperature: float = 1.0
-    """0 is greedy; 1 samples from the model's own distribution."""
+    """From 0, which is greedy; 1 samples from the model's own distribution."""
     top_p: float = 1.0
-    """Keep the smallest set of tokens with at least this probability, in (0, 1]."""
+    """Keep the smallest set of tokens with at least this probability; above 0, at most 1."""
     top_k: int = 0
-    """Keep the k most probable tokens and those equal to the k-th; 0 keeps all, 1 is greedy."""
+    """Keep the k most probable tokens and those equal to the k-th, from 0 on; 0 keeps all, 1 is greedy."""
     min_p: float = 0.0
-    """Drop tokens less probable than `min_p` times the most probable one, in [0, 1]."""
+    """Drop tokens less probable than `min_p` times the most probable one, from 0 to 1."""
     repetition_penalty: float = 1.0
-    """Divide positive and multiply negative logits of tokens seen in prompt or output (CTRL, Keskar et al. 2019), in
-    [0.01, 100]."""
+    """Divide positive and multiply negative logits of tokens seen in prompt or output (CTRL, Keskar et al. 2019); from
+    0.01 to 100."""
     presence_penalty: float = 0.0
-    """Subtracted once from the logit of each token already generated, in [-2, 2]."""
+    """Subtracted once from the logit of each token already generated, from -2 to 2."""
     frequency_penalty: float = 0.0
-    """Subtracted from a token's logit once for each time it was generated, in [-2, 2]."""
+    """Subtracted from a token's logit once for each time it was generated, from -2 to 2."""
     seed: int | None = None
-    """`None` derives one from the cluster's seed and the request id."""
+    """From 0 to 2**63 - 1; `None` derives one from the cluster's seed and the request id."""
     n: int = 1
-    """How many continuations, at most 1024; continuation i uses `seed + i`."""
+    """How many continuations, from 1 to 1024, and 1 where it is greedy; continuation i uses `seed + i`."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text; they are cut from it. One string or a sequence of them."""
+    """Strings that end the text; they are cut from it. One string or a sequence of them, at most 1024, none empty."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end the text, besides the checkpoint's end-of-sequence tokens."""
+    """Token ids that end the text, besides the checkpoint's end-of-sequence tokens; at most 1024."""
     ignore_eos: bool = False
     """Go on past the checkpoint's end-of-sequence tokens."""
     logprobs: int | None = None
-    """Report the log-probability of each token and of this many most probable ones, before any of the above."""
+    """Report the log-probability of each token and of this many most probable ones, from 0 to 64, as the model gave
+    them, before any of the above; `None` reports none."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, value added to its logit); a mapping is accepted. -inf bans a token, 1e6 is the most."""
 

@@ -33,8 +33,11 @@ class Fact:
     """One line: an attribute of a subject has a value."""
 
     attribute: str
+    """What is said of the subject: its badge, its output, its keeper."""
     subject: str
+    """A person, a tool or a thing in stock."""
     value: str
+    """What it is; the answer to a question about this fact."""
 
     @property
     def line(self) -> str:
@@ -49,7 +52,9 @@ class Question:
     kind: Kind
     """Asks for a fact, for something that is not there, or for a fact about the value of another fact."""
     text: str
+    """As it is asked, with its question mark."""
     answer: str
+    """The one text that is right."""
 
     def is_answered_by(self, text: str) -> bool:
         """Whether a generated text is the answer, exactly but for the space around it."""
@@ -61,6 +66,7 @@ class Handbook:
     """Facts in the order in which they are listed."""
 
     facts: tuple[Fact, ...]
+    """One for each line."""
 
     @classmethod
     def generate(cls, seed: int, facts: int = 60, *, attribute: str | None = None) -> Handbook:

@@ -198,6 +198,11 @@ class GlobalScheduler:
 
         Where many are cancelled at once, cancel them without `place`, and call `place_waiting` in the end: looking at
         those who wait takes the longer the more there are.
+
+        Args:
+            request_id: which request.
+            now: seconds; a time before the latest one counts as that.
+            place: whether to place at once what can be placed now.
         """
         self._advance(now)
         request = self._requests.pop(request_id, None)
@@ -230,7 +235,8 @@ class GlobalScheduler:
         session: str | None = None,
         expected_tokens: int | None = None,
     ) -> Explanation:
-        """What `submit` would do with this prompt at this time, and why. Changes nothing.
+        """What `submit` would do with this prompt at this time, and why. The arguments are as in `submit`. Changes
+        nothing.
 
         Raises:
             InvalidRequest: the prompt or another argument is malformed.

@@ -19,7 +19,8 @@ class Router(Protocol):
     def submit(
         self, request_id: str, token_ids: Tokens, *, now: float, max_tokens: int, session: str | None
     ) -> Placement | Waiting:
-        """Place a request, or let it wait: then a later `apply` returns its placement."""
+        """Place a request, or let it wait: then a later `apply` returns its placement. The arguments are as in
+        `GlobalScheduler.submit`."""
 
     def apply(self, event: Event, *, now: float) -> list[Placement]:
         """Take in what a replica reports; returns the placements that this made possible. After `ReplicaDown` these are

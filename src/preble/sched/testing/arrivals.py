@@ -16,7 +16,7 @@ class Arrival:
     """A request to be submitted: `scheduler.submit(request_id, one.token_ids, now=one.time, **one.options)`."""
 
     time: float
-    """Seconds."""
+    """When it is submitted, in seconds."""
     token_ids: Prompt
     """The prompt."""
     namespace: str = ""
@@ -81,7 +81,8 @@ def arrivals(
     vocabulary: int = 3,
 ) -> list[Arrival]:
     """From one to `max_arrivals` requests in order of time, steady or in bursts, the first at `start`. They share
-    prefixes among them and with `earlier` prompts, and may be urgent, belong to a session or expect some output."""
+    prefixes among them and with `earlier` prompts, and may be urgent, belong to a session or expect some output. The
+    prompts are as in `prompts`."""
     count = draw(st.integers(1, max_arrivals))
     times = draw(bursty_times(count) | steady_times(count))
     known = list(earlier)

@@ -13,7 +13,13 @@ Prompt: TypeAlias = tuple[int, ...]
 
 def prompts(page_size: int, *, max_pages: int = 4, vocabulary: int = 3) -> st.SearchStrategy[Prompt]:
     """Prompts of one token up to `max_pages` pages and a part of one more. Where the vocabulary is small some share a
-    prefix by chance."""
+    prefix by chance.
+
+    Args:
+        page_size: tokens in a page.
+        max_pages: whole pages at most.
+        vocabulary: how many different tokens there are.
+    """
     longest = (max_pages + 1) * page_size - 1
     return st.lists(st.integers(0, vocabulary - 1), min_size=1, max_size=max(longest, 1)).map(tuple)
 
@@ -23,7 +29,8 @@ def continuations(
     draw: st.DrawFn, earlier: Sequence[Prompt], page_size: int, *, max_pages: int = 4, vocabulary: int = 3
 ) -> Prompt:
     """A prompt that starts like one of `earlier` (at least one): all of it, or a part of it cut at the end of a page or
-    anywhere; then ends, which makes it an exact repeat in the first case, or goes on with tokens of its own."""
+    anywhere; then ends, which makes it an exact repeat in the first case, or goes on with tokens of its own, which are
+    as in `prompts`."""
     longest = max((max_pages + 1) * page_size - 1, 1)
     base = draw(st.sampled_from(earlier))[:longest]
     cut = draw(st.sampled_from(["repeat", "all", "pages", "anywhere"]))
@@ -43,7 +50,8 @@ def continuations(
 def prompt_families(
     draw: st.DrawFn, page_size: int, *, max_prompts: int = 8, max_pages: int = 4, vocabulary: int = 3
 ) -> list[Prompt]:
-    """From one to `max_prompts` prompts, trees of shared prefixes: each is new, or continues an earlier one."""
+    """From one to `max_prompts` prompts, trees of shared prefixes: each is new, as in `prompts`, or continues an
+    earlier one."""
     family = [draw(prompts(page_size, max_pages=max_pages, vocabulary=vocabulary))]
     for _ in range(draw(st.integers(0, max_prompts - 1))):
         family.append(draw(related_prompts(family, page_size, max_pages=max_pages, vocabulary=vocabulary)))
