@@ -116,6 +116,13 @@ def test_the_verdict_follows_the_figures(ours: Burst, said: str) -> None:
     assert verdict(ours, burst("round-robin")) == said
 
 
+@pytest.mark.parametrize(
+    ("seconds", "result"), [(94.0, "is ahead of"), (96.0, "are level"), (104.0, "are level"), (106.0, "is behind")]
+)
+def test_a_twentieth_is_a_difference(seconds: float, result: str) -> None:
+    assert result in verdict(burst(seconds=seconds), burst("round-robin"))
+
+
 def test_the_verdict_says_when_there_was_little_to_see() -> None:
     ahead: dict[str, Any] = {"seconds": 10.0, "right": 8, "requests": 8}
     assert verdict(burst(**ahead), burst("round-robin", **ahead)).endswith("With so few questions this says little.")

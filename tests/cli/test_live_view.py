@@ -44,7 +44,7 @@ async def test_it_shows_what_the_statistics_say() -> None:
             snapshots.append(cluster.stats())
             return snapshots[-1]
 
-        view = LiveView("round-robin", len(tasks), stats)
+        view = LiveView(len(tasks), stats)
         before = snapshots[-1]
         answers = []
         for number, task in enumerate(tasks):

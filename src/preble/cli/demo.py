@@ -118,22 +118,28 @@ async def _demo(args: argparse.Namespace, console: Console) -> None:
         console.print(f"\nThis was {BASELINE} alone; run it with --policy e2 to compare.")
     if args.json is not None:
         args.json.write_text(json.dumps(_results(args, workload, in_flight, bursts, answers), indent=2) + "\n")
-        console.print(f"Results written to {args.json}")
+        console.print(f"Results written to {args.json}", markup=False)
 
 
 def _introduce(
     args: argparse.Namespace, workload: Workload, policies: Sequence[str], in_flight: int, console: Console
 ) -> None:
     facts = [len(handbook.facts) for handbook in workload.handbooks]
-    twice = f"once placed by {policies[0]}, once by {policies[1]}" if len(policies) == 2 else f"placed by {policies[0]}"
     title = f"Preble demo: {args.requests} questions about {len(facts)} handbooks, answered by {_replicas(args)}"
     console.print(title, style="bold", markup=False)
     console.print(
-        f"\nEach prompt is a whole handbook of {min(facts)} to {max(facts)} facts and a question about it. Where a "
-        "replica still has the handbook in its KV cache, only the question is left to compute. First come a few "
-        f"answers as they are generated, then all questions, {twice}: {in_flight} are in flight at a time, each answer "
-        "lets in the next question, and some handbooks are more popular than others."
+        f"Each prompt is a whole handbook of {min(facts)} to {max(facts)} facts and a question about it; some "
+        "handbooks are asked about more often. Where a replica still has the handbook in its KV cache, only the "
+        "question is left to compute.\n"
     )
+    first, *others = policies
+    steps = [
+        "a few answers, as they are generated",
+        f"all questions, {in_flight} in flight at a time, placed by {first}",
+        *(f"the same questions, placed by {policy}, and a comparison" for policy in others),
+    ]
+    for number, step in enumerate(steps, 1):
+        console.print(f" {number}. {step}")
 
 
 @asynccontextmanager
@@ -198,7 +204,7 @@ async def _burst(
     """All questions, so many in flight at a time."""
     console.print(f"\n[bold]Asking {len(workload.tasks)} questions, placed by {policy}[/] …")
     before, began = cluster.stats(), time.perf_counter()
-    view = LiveView(policy, len(workload.tasks), cluster.stats)
+    view = LiveView(len(workload.tasks), cluster.stats)
     todo = iter(enumerate(workload.tasks))
     answers: dict[int, GradedAnswer] = {}
 

@@ -57,7 +57,9 @@ async def _answer(stream: Stream, task: Task, console: Console | None, *, graded
             console.print(f"  Q: {task.question.text}\n  A:", end="", markup=False)
         async for chunk in stream:
             if console is not None:
-                console.print(chunk.text, end="", markup=False, soft_wrap=True)
+                # An untrained model may say anything, control characters too.
+                text = "".join(letter if letter.isprintable() else "\ufffd" for letter in chunk.text)
+                console.print(text, end="", markup=False, soft_wrap=True)
     answer = GradedAnswer.of(task, stream.output, graded=graded)
     if console is not None:
         usage = answer.output.usage
@@ -70,9 +72,12 @@ async def _answer(stream: Stream, task: Task, console: Console | None, *, graded
 
 
 def _mark(answer: GradedAnswer) -> str:
+    question = answer.task.question
     if answer.right is None:
         return ""
-    return "[green]right[/]  " if answer.right else f"[red]wrong, it is {answer.task.question.answer}[/]  "
+    if not answer.right:
+        return f"[red]wrong, it is {question.answer}[/]  "
+    return f"[green]right[/]{', it is not listed' if question.kind == 'absent' else ''}  "
 
 
 def _show_handbook(handbook: Handbook, questions: tuple[Question, ...], console: Console) -> None:

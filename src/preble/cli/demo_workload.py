@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from preble.demo import Handbook, Question
 from preble.demo.handbook import Kind
 
-KINDS: tuple[Kind, ...] = ("lookup",)
+KINDS: tuple[Kind, ...] = ("lookup", "absent", "two facts")
 """What is asked: the kinds of question that the built-in model was trained on."""
 FACTS = (120, 220, 80, 180, 50, 150, 200, 100)
 """Lengths of the handbooks, the most popular one first: 440 to 1,950 tokens of the built-in model."""

@@ -24,13 +24,11 @@ class LiveView:
     """A burst of questions while it is answered.
 
     Args:
-        policy: who places them.
         total: how many there are.
         stats: asks the cluster, which runs where the view is drawn.
     """
 
-    def __init__(self, policy: str, total: int, stats: Callable[[], ClusterStats]) -> None:
-        self._policy = policy
+    def __init__(self, total: int, stats: Callable[[], ClusterStats]) -> None:
         self._total = total
         self._stats = stats
         self._before = {one.replica: one for one in stats().replicas}

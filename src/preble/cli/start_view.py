@@ -8,8 +8,8 @@ class StartView:
 
     def frame(self, seconds: float) -> str:
         """For a terminal."""
-        return f"{seconds:.0f} s"
+        return f"{seconds:.0f} s, loading"
 
     def line(self, seconds: float) -> str:
         """For a log."""
-        return f"  {seconds:.0f} s"
+        return f"  {seconds:.0f} s, loading"

@@ -37,7 +37,7 @@ async def watched(console: Console, view: View, *workers: Callable[[], Awaitable
     Raises:
         PrebleError: as the first of the workers raised it, which ends the others.
     """
-    show = _draw if console.is_terminal else _log
+    show = _draw if console.is_terminal and not console.is_dumb_terminal else _log
     began = time.perf_counter()
     errors: list[PrebleError] = []
 
