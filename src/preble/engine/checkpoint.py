@@ -245,7 +245,8 @@ def _read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
             raise CheckpointError(git_pointer(path))
         if length > MAX_HEADER:
             raise corrupt(f"its header claims {length} bytes, more than {MAX_HEADER}")
-        with panics_as(corrupt), safe_open(path, framework="pt") as opened:
+        # As for numpy: torch would ask for memory of the file's size, which larger models than fit are refused.
+        with panics_as(corrupt), safe_open(path, framework="np") as opened:
             for name in opened.keys():  # noqa: SIM118 - the handle itself cannot be iterated
                 header = opened.get_slice(name)
                 yield name, TensorEntry(path, tuple(header.get_shape()), header.get_dtype())

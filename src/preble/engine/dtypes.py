@@ -21,7 +21,7 @@ def resolve_dtype(dtype: str, *, stored: str, device: torch.device) -> torch.dty
         native = device.type == "cuda" or (stored == "bfloat16" and _cpu_computes_in_bf16())
         return _SUPPORTED.get(stored, torch.float32) if native else torch.float32
     if dtype not in _SUPPORTED:
-        close = difflib.get_close_matches(str(dtype), _SUPPORTED, n=1)
+        close = difflib.get_close_matches(str(dtype), _SUPPORTED, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise InvalidRequest(f"dtype must be 'auto' or one of {', '.join(map(repr, _SUPPORTED))}, not {dtype!r}{hint}")
     return _SUPPORTED[dtype]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 
 from preble.engine.batch import Model
+from preble.engine.checkpoint import Checkpoint
+from preble.engine.dtypes import resolve_dtype
 from preble.engine.host_memory import free_memory
 from preble.engine.host_runner import HostRunner
 from preble.engine.kv_cache import KVCache
@@ -36,6 +39,7 @@ class HostLoad:
     """
 
     def __init__(self, folder: Path, *, replicas: int, dtype: str, page_size: int, kv_bytes: int | None) -> None:
+        require_memory(folder, dtype)
         self.model = load_model(folder, device=torch.device("cpu"), dtype=dtype)
         self.pages = kv_pages(self.model, page_size, kv_bytes, sharing=replicas)
         """That each replica can have."""
@@ -44,6 +48,25 @@ class HostLoad:
     def runner(self, pages: int) -> HostRunner:
         """A runner with `pages` KV pages."""
         return HostRunner(self.model, pages=pages, page_size=self._page_size)
+
+
+def require_memory(folder: Path, dtype: str) -> None:
+    """Raise `DeviceError` for weights that the host's memory cannot hold, instead of letting the host end the process.
+
+    Args:
+        folder: the checkpoint, of which only headers are read.
+        dtype: as for `resolve_dtype`.
+    """
+    checkpoint = Checkpoint(folder)
+    resolved = resolve_dtype(dtype, stored=checkpoint.main_dtype, device=torch.device("cpu"))
+    needed = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()) * resolved.itemsize
+    free = free_memory()
+    if needed > free:
+        half = "dtype='bfloat16', which takes half of it, " if resolved is torch.float32 else ""
+        raise DeviceError(
+            f"the weights in {folder} take {needed / GIB:.2f} GiB as {str(resolved).removeprefix('torch.')}, more than "
+            f"the {free / GIB:.2f} GiB free on cpu; take {half}a smaller model, or a machine with more memory"
+        )
 
 
 def kv_pages(model: Model, page_size: int, wanted_bytes: int | None, *, sharing: int) -> int:
