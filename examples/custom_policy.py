@@ -48,7 +48,7 @@ class BoundedAffinity(Policy):
 def test_histories() -> None:
     from preble.sched.testing import check_policy
 
-    check_policy(BoundedAffinity, max_examples=30)
+    check_policy(BoundedAffinity, max_examples=12)
 
 
 def test_no_replica_is_far_ahead_of_the_idlest() -> None:
@@ -68,7 +68,7 @@ def test_no_replica_is_far_ahead_of_the_idlest() -> None:
                 in_flight = {one.replica: one.in_flight for one in before.candidates if one.state == "up"}
                 assert in_flight[answer.replica] <= min(in_flight.values()) + 1
 
-    run_state_machine_as_test(Machine, settings=settings(max_examples=30, deadline=None))
+    run_state_machine_as_test(Machine, settings=settings(max_examples=12, deadline=None))
 
 
 async def serve(model: str, policy: str | Policy, questions: int) -> None:
