@@ -21,9 +21,9 @@ def main() -> None:
     measuring = commands.add_parser("evaluate", help="print how exact a checkpoint answers")
     measuring.add_argument("folder", type=Path, nargs="?", default=CHECKPOINT, help="(default: the packaged one)")
     measuring.add_argument(
-        "--lengths", type=int, nargs="+", default=[100, 500, 1000, 2000, 2500, 3000], metavar="TOKENS"
+        "--lengths", type=int, nargs="+", default=[100, 500, 1000, 2000, 2500, 2900], metavar="TOKENS"
     )
-    measuring.add_argument("--handbooks", type=int, default=32, help="of each length (default: %(default)s)")
+    measuring.add_argument("--handbooks", type=int, default=16, help="of each length (default: %(default)s)")
     measuring.add_argument("--questions", type=int, default=32, help="per handbook (default: %(default)s)")
     args = parser.parse_args()
     if args.command == "evaluate":
