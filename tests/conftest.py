@@ -14,6 +14,8 @@ from typing import Any
 # another test run needs. OpenMP reads both when torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "100"
+# Whoever asks for a model that is not here hears that at once, wherever the tests run.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
@@ -47,6 +49,20 @@ def pytest_collection_finish() -> None:
 
 TOGETHER = {"tests/kernels/test_ahead.py"}
 """Files that one process takes whole, before all others: their tests share what takes minutes to make."""
+LONGEST = (
+    "tests/kernels/test_ahead.py",
+    "tests/chaos/",
+    "tests/sched/test_scheduler_machine.py::test_any",
+    "tests/test_overload.py::test_overload",
+    "tests/test_cancel_storm.py",
+    "tests/replica/",
+    "tests/bench/",
+)
+"""How the names of tests begin that take many seconds each: they come first, so that no process waits in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 @pytest.hookimpl(optionalhook=True)

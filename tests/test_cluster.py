@@ -298,10 +298,9 @@ async def test_abort_gives_what_was_generated(llama: Path) -> None:
         assert not cluster.abort("mine")
 
 
-@pytest.mark.parametrize("seed", range(2))
-async def test_five_hundred_cancellations_leak_nothing(llama: Path, seed: int) -> None:
-    """Half of them per run: tasks cancelled, streams dropped, timeouts and aborts at random moments."""
-    rng = random.Random(seed)
+async def test_cancellations_leak_nothing(llama: Path) -> None:
+    """Tasks cancelled, streams dropped, timeouts and aborts at random moments."""
+    rng = random.Random(0)
     async with serving(llama, max_pending=40, kv_memory="64KiB", max_batched_tokens=64) as cluster:
 
         async def one(number: int) -> None:
@@ -334,7 +333,7 @@ async def test_five_hundred_cancellations_leak_nothing(llama: Path, seed: int) -
             await cluster.generate(prompt, **options)
 
         async with anyio.create_task_group() as group:
-            for number in range(250):
+            for number in range(200):
                 group.start_soon(one, number)
         gc.collect()
         await idle(cluster)
@@ -526,7 +525,7 @@ async def test_a_crashed_replica_costs_its_requests_only_time(llama: Path) -> No
 
 
 async def test_when_no_replica_comes_back_requests_fail_clearly(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with Cluster(llama, replicas=1, dtype="float32", kv_memory="1MiB", restart_timeout=0.2) as cluster:
+    async with Cluster(llama, replicas=1, dtype="float32", kv_memory="1MiB", restart_timeout=1.0) as cluster:
         broken = engines(cluster)[0]
 
         def step() -> Any:
@@ -537,7 +536,7 @@ async def test_when_no_replica_comes_back_requests_fail_clearly(llama: Path, mon
 
         broken.step = step
         monkeypatch.setattr(EngineSource, "engine", load)
-        with pytest.raises(preble.ReplicaCrashed, match=r"no replica came up within 0.2 s.*the disk is gone"):
+        with pytest.raises(preble.ReplicaCrashed, match=r"no replica came up within 1 s.*the disk is gone"):
             await cluster.generate("x", max_tokens=3)
         assert cluster.health().status == "down"
 

@@ -23,6 +23,9 @@ from preble.kernels.variants import pairwise, variants
 
 CACHE_OF_TRITON = "triton_cache"
 ATTENTION = {"paged_decode_kernel", "_paged_extend", "shared_prefix_kernel"}
+SOME = ("llama-3-8b", "gemma-2-9b", "extend: llama-3.2-1b, page_size 64", "prepare")
+"""In names of variants: the shape that most models have and the one that takes the most registers and shared memory,
+each with every option; what has tiles of its own for narrow heads; what has no model's shape. A third of all."""
 
 
 class Checked:
@@ -131,9 +134,8 @@ class TestSamples:
 
 
 def test_only_and_architecture_choose(tmp_path: Path) -> None:
-    checked = Checked(
-        tmp_path, "--variants", "sample_kernels", "--only", "good", "--architecture", "sm_80", "--jobs", "1"
-    )
+    options = "--variants sample_kernels --only copy --only product --architecture sm_80 --jobs 1"
+    checked = Checked(tmp_path, *options.split())
     assert {(done["variant"], done["architecture"]) for done in checked.figures} == {
         ("good copy", "sm_80"),
         ("good product", "sm_80"),
@@ -187,10 +189,19 @@ def test_variants_have_names_of_their_own() -> None:
         assert len(set(names)) == len(names)
 
 
-@pytest.fixture(scope="module", params=["sm_90", pytest.param("sm_80", marks=pytest.mark.long)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("sm_90", *SOME), id="some-sm_90"),
+        pytest.param(("sm_90",), id="all-sm_90", marks=pytest.mark.long),
+        pytest.param(("sm_80",), id="all-sm_80", marks=pytest.mark.long),
+    ],
+)
 def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checked:
-    """All variants for an architecture. The second one takes as long again as the first."""
-    return Checked(tmp_path_factory.mktemp(request.param), "--architecture", request.param)
+    """Variants for an architecture."""
+    architecture, *names = request.param
+    only = [option for name in names for option in ("--only", name)]
+    return Checked(tmp_path_factory.mktemp(architecture), "--architecture", architecture, *only)
 
 
 def test_every_shipped_variant_is_in_order(shipped: Checked) -> None:

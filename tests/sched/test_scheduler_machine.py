@@ -10,7 +10,7 @@ from preble.sched.testing import check_policy
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_any_policy_survives_anything(policy: str) -> None:
-    check_policy(policy, max_examples=500 if policy == "e2" else 200, steps=20)
+    check_policy(policy, max_examples=160 if policy == "e2" else 80, steps=20)
 
 
 SWITCHES = ("eviction_cost", "rebalancing", "autoscaling", "prefill_decode_balance", "late_binding")
@@ -18,7 +18,7 @@ SWITCHES = ("eviction_cost", "rebalancing", "autoscaling", "prefill_decode_balan
 
 @pytest.mark.parametrize("switch", ["eviction_cost", "late_binding"])
 def test_e2_survives_without_either_of_its_parts(switch: str) -> None:
-    check_policy(lambda: E2(**{switch: False}), max_examples=100, steps=20)
+    check_policy(lambda: E2(**{switch: False}), max_examples=50, steps=20)
 
 
 @pytest.mark.parametrize("switch", SWITCHES)

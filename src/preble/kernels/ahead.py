@@ -5,7 +5,7 @@ against a driver that only names a chip, so that the specialisation of arguments
 specialised) and the options of ptxas are Triton's, of whichever version is installed. Tensors on the device "meta" will
 do: their `data_ptr()` is their offset, as if the storage began at an aligned address, as real storage does.
 
-    python -m preble.kernels.ahead [--architecture sm_90] [--only NAME] [--full] [--jobs N] [--json OUT]
+    python -m preble.kernels.ahead [--architecture sm_90] [--only NAME]... [--full] [--jobs N] [--json OUT]
 
 compiles every shipped variant (`preble.kernels.variants`), prints a table and returns 1 if any fails, spills, exceeds
 the chip, or is compiled again for another batch size. It needs no GPU, and the environment without TRITON_INTERPRET.
@@ -305,25 +305,26 @@ def _variants(module: str, full: bool) -> Sequence[Variant]:
 def check(
     *,
     architectures: Sequence[Architecture] = (SM_80, SM_90),
-    only: str = "",
+    only: Sequence[str] = (),
     full: bool = False,
     jobs: int = 2,
     module: str = "preble.kernels.variants",
 ) -> list[Compilation]:
-    """Compile the variants whose names contain `only`, each specialisation once, in `jobs` processes.
+    """Compile the variants whose names contain any of `only`, each specialisation once, in `jobs` processes; a single
+    job is done by this one.
 
     `full` takes the full product of options. `module` has a function `variants(full)`. Raises `DeviceError` where
     kernels are interpreted.
     """
-    chosen = [variant for variant in _variants(module, full) if only in variant.name]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        running = [
-            pool.submit(_compile_task, task, full)
-            for architecture in architectures
-            for task in _tasks(module, chosen, architecture)
-        ]
-        compilations = [future.result() for future in as_completed(running)]
+    chosen = [variant for variant in _variants(module, full) if not only or any(name in variant.name for name in only)]
+    tasks = (task for architecture in architectures for task in _tasks(module, chosen, architecture))
+    if jobs == 1:
+        compilations = [_compile_task(task, full) for task in tasks]
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+            running = [pool.submit(_compile_task, task, full) for task in tasks]
+            compilations = [future.result() for future in as_completed(running)]
     return sorted(compilations, key=lambda done: (done.kernel, done.architecture, done.variant, done.size))
 
 
@@ -331,7 +332,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if anything should not be shipped."""
     parser = argparse.ArgumentParser("python -m preble.kernels.ahead", description="compile kernels without a GPU")
     parser.add_argument("--architecture", choices=ARCHITECTURES, action="append", help="default: all")
-    parser.add_argument("--only", default="", metavar="NAME", help="variants whose name contains NAME")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="variants whose name contains NAME; repeatable"
+    )
     parser.add_argument("--full", action="store_true", help="the full product of options: many minutes")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every figure there")

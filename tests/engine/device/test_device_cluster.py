@@ -13,6 +13,7 @@ import preble
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["trio"])
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is used where there is no GPU")
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in:RuntimeWarning")
 async def test_a_cluster_over_the_kernels_says_what_the_cpu_says(tmp_path: Path) -> None:
