@@ -296,13 +296,14 @@ class Overload:
     resident: list[int] = field(default_factory=list)
     """The process's memory then, in KiB."""
 
-    async def run(self, rate: float, seconds: float, prompts: Prompts) -> float:
+    async def run(self, rate: float, arrivals: int, prompts: Prompts) -> float:
         """Returns the goodput, in requests per second."""
         began = time.monotonic()
         async with anyio.create_task_group() as group:
             for quarter in range(1, 5):
-                while (now := time.monotonic() - began) < seconds * quarter / 4:
-                    while self.arrived < now * rate:
+                while self.arrived < arrivals * quarter // 4:
+                    now = time.monotonic() - began
+                    while self.arrived < min(now * rate, arrivals):
                         self.arrived += 1
                         group.start_soon(self._one, prompts.next())
                     self._look()
@@ -352,23 +353,23 @@ LOAD: dict[str, Any] = {"max_tokens": 64, "temperature": 0, "ignore_eos": True}
 LONG_LOAD = LOAD | {"max_tokens": 180}
 """With ten times as many arrivals as can be served, each takes processor time that this tiny model needs, too: two
 cores make both. A request must be some work, as it is with any other model."""
+REQUESTS_IN_A_MINUTE = 2_000
+"""So many of those, about, are served on two cores."""
 
 
-async def saturation(cluster: Cluster, seconds: float, prompts: Prompts, load: dict[str, Any]) -> float:
+async def saturation(cluster: Cluster, requests: int, prompts: Prompts, load: dict[str, Any]) -> float:
     """Requests per second where there is always one more to serve, and never a crowd."""
-    served = 0
+    todo = iter(range(requests))
     began = time.monotonic()
 
     async def client() -> None:
-        nonlocal served
-        while time.monotonic() - began < seconds:
+        for _ in todo:
             await cluster.generate(prompts.next(), **load)
-            served += 1
 
     async with anyio.create_task_group() as group:
         for _ in range(MAX_PENDING):
             group.start_soon(client)
-    return served / (time.monotonic() - began)
+    return requests / (time.monotonic() - began)
 
 
 def resident_kib() -> int:
@@ -377,9 +378,10 @@ def resident_kib() -> int:
 
 
 async def overloaded(
-    model: Path, mode: str, seconds: float, load: dict[str, Any], *, workers: str = "thread"
+    model: Path, mode: str, requests: int, load: dict[str, Any], *, workers: str = "thread"
 ) -> tuple[Overload, float, float]:
-    """What happened in so many seconds of overload, the goodput then, and the throughput at saturation around it."""
+    """What happened in the time that it takes to serve so many requests when ten times as many come, the goodput then,
+    and the throughput at saturation around it."""
     prompts = Prompts()
     times = array("d")
     async with serving(model, kv_memory="640KiB", max_pending=MAX_PENDING, overload=mode, workers=workers) as cluster:
@@ -391,18 +393,18 @@ async def overloaded(
 
         cluster._door._released = watched  # type: ignore[method-assign]
         await cluster.generate_many([prompts.next() for _ in range(3 * MAX_PENDING)], **load)  # the caches fill up
-        before = await saturation(cluster, seconds / 4, prompts, load)
+        before = await saturation(cluster, requests // 4, prompts, load)
         stay = MAX_PENDING / before
         overload = Overload(cluster, load, PATIENCE * stay if mode == "wait" else None, times=times)
         del times[:]
         gc.collect()
         overload.blocks.append(sys.getallocatedblocks())
-        goodput = await overload.run(TIMES_SATURATION * before, seconds, prompts)
+        goodput = await overload.run(TIMES_SATURATION * before, TIMES_SATURATION * requests, prompts)
         overload.times = times[:]
         await nothing_is_left(cluster)
         gc.collect()
         overload.blocks.append(sys.getallocatedblocks())
-        after = await saturation(cluster, seconds / 4, prompts, load)
+        after = await saturation(cluster, requests // 4, prompts, load)
     return overload, goodput, (before + after) / 2
 
 
@@ -437,9 +439,9 @@ def holds(mode: str, overload: Overload, text: str) -> None:
     assert overload.blocks[-1] - overload.blocks[0] < 150 * outcomes["served"] + overload.arrived / 2, text
 
 
-@pytest.mark.parametrize("mode", ["refuse", "wait"])
+@pytest.mark.parametrize(("anyio_backend", "mode"), [("asyncio", "wait"), ("trio", "refuse")])
 async def test_overload(llama: Path, mode: str) -> None:
-    overload, goodput, saturated = await overloaded(llama, mode, 3.0, LOAD)
+    overload, goodput, saturated = await overloaded(llama, mode, 160, LOAD)
     text = figures(mode, overload, goodput, saturated)
     print(text)
     holds(mode, overload, text)
@@ -449,7 +451,7 @@ async def test_overload(llama: Path, mode: str) -> None:
 @pytest.mark.parametrize("workers", ["thread", "process"])
 @pytest.mark.parametrize("mode", ["refuse", "wait"])
 async def test_overload_for_a_minute(llama: Path, mode: str, workers: str) -> None:
-    overload, goodput, saturated = await overloaded(llama, mode, 60.0, LONG_LOAD, workers=workers)
+    overload, goodput, saturated = await overloaded(llama, mode, REQUESTS_IN_A_MINUTE, LONG_LOAD, workers=workers)
     text = f"{workers}, {figures(mode, overload, goodput, saturated)}"
     print(text)
     holds(mode, overload, text)
