@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -23,7 +22,7 @@ import pytest
 
 from preble import Cluster
 from preble.bench.workers.loop_turns import LoopTurns
-from preble.demo_model import VOCABULARY, WORDS, write_demo_model
+from preble.demo import CHECKPOINT, Handbook
 from preble.engine import chat_template
 from preble.engine.tokenizer import LONG, Tokenizer
 from preble.errors import InvalidRequest, PromptTooLong
@@ -31,20 +30,13 @@ from preble.errors import InvalidRequest, PromptTooLong
 LONGEST = 10e-3
 """Seconds of processor time that a turn may take."""
 SOURCE = random.Random(0)
-TEXT = " ".join(SOURCE.choice(WORDS) for _ in range(40_000))
-"""40,000 tokens; no context holds it."""
-TOKENS = [SOURCE.randrange(16, VOCABULARY) for _ in range(131_072)]
+TEXT = "".join(Handbook.generate(seed, 200).text for seed in range(30))
+"""50,000 tokens; no context holds it."""
+TOKENS = [SOURCE.randrange(16, 500) for _ in range(131_072)]
 LISTS = [TOKENS[number:] for number in range(4)]
 NO_TOKENS = [*TOKENS, 1.5]
 ARRAYS = [np.array(tokens) for tokens in LISTS]
-CHAT = [{"role": ("user", "assistant")[turn % 2], "content": TEXT[turn * 40 : turn * 40 + 40]} for turn in range(201)]
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
-    write_demo_model(folder)
-    return folder
+CHAT = [{"role": ("user", "assistant")[turn % 2], "content": TEXT[turn * 40 : turn * 40 + 20]} for turn in range(201)]
 
 
 async def stream(cluster: Cluster, number: int, tokens: int = 10) -> None:
@@ -113,12 +105,12 @@ async def refused(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_no_turn_of_the_event_loop_is_long(demo: Path, backend: str) -> None:
+def test_no_turn_of_the_event_loop_is_long(backend: str) -> None:
     loads = (streams, long_texts, nearly_long_texts, long_lists, long_chats, many_prompts, refused)
-    longest = longest_turns(demo, backend, loads)
+    longest = longest_turns(backend, loads)
     for _ in range(2):
         if max(longest.values()) >= LONGEST:  # what other programs add does not come back each time
-            again = longest_turns(demo, backend, loads)
+            again = longest_turns(backend, loads)
             longest = {name: min(seconds, again[name]) for name, seconds in longest.items()}
     assert set(longest) == {"start", *(load.__name__ for load in loads), "stop"}
     assert {name: seconds for name, seconds in longest.items() if seconds >= LONGEST} == {}
@@ -143,17 +135,15 @@ print(turns.run(run))
 
 
 @pytest.mark.long
-def test_ten_thousand_prompts_keep_nobody_waiting(demo: Path) -> None:
+def test_ten_thousand_prompts_keep_nobody_waiting() -> None:
     async def ten_thousand(cluster: Cluster) -> None:
         prompts = [TEXT[number * 9 : number * 9 + 30] for number in range(10_000)]
         await cluster.generate_many(prompts, max_tokens=1, temperature=0.0)
 
-    assert longest_turns(demo, "asyncio", (ten_thousand,))["ten_thousand"] < LONGEST
+    assert longest_turns("asyncio", (ten_thousand,))["ten_thousand"] < LONGEST
 
 
-def longest_turns(
-    model: Path, backend: str, loads: tuple[Callable[[Cluster], Awaitable[None]], ...]
-) -> dict[str, float]:
+def longest_turns(backend: str, loads: tuple[Callable[[Cluster], Awaitable[None]], ...]) -> dict[str, float]:
     """Seconds of processor time of the longest turn under each load, and while a cluster starts and stops."""
     turns = LoopTurns()
     longest: dict[str, float] = {}
@@ -165,7 +155,7 @@ def longest_turns(
 
     async def run() -> None:
         turns.forget()
-        cluster = Cluster(model, replicas=2, devices=["cpu"], workers="thread", kv_memory="512MiB", page_size=16)
+        cluster = Cluster("demo", replicas=2, devices=["cpu"], workers="thread", kv_memory="512MiB", page_size=16)
         async with cluster:
             await note("start")
             await cluster.generate("hello", max_tokens=2)
@@ -202,8 +192,8 @@ class Bystander:
 
 
 @pytest.mark.parametrize("call", ["encode", "decode"])
-def test_other_threads_run_while_a_long_text_is_tokenized(demo: Path, call: str) -> None:
-    tokenizer = Tokenizer(demo)
+def test_other_threads_run_while_a_long_text_is_tokenized(call: str) -> None:
+    tokenizer = Tokenizer(CHECKPOINT)
     text = TEXT * 5
     ids = tokenizer.encode(text)
     answer = np.tile(ids, 5)
@@ -233,8 +223,8 @@ def test_other_threads_run_while_a_long_text_is_tokenized(demo: Path, call: str)
     assert max(shares) > 0.2
 
 
-def test_chats_are_laid_out_one_at_a_time(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = Tokenizer(demo)
+def test_chats_are_laid_out_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer(CHECKPOINT)
     at_once, most = 0, 0
     render = chat_template.render_chat
 

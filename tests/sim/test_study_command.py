@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from preble.cli import main
-from preble.demo_model import write_demo_model
+from preble.demo import CHECKPOINT
+from preble.engine.tokenizer import Tokenizer
 from preble.sim import html
 
 Lines = Callable[..., Path]
@@ -154,18 +156,19 @@ def test_the_page_shows_plots_and_tables_and_loads_nothing(
 def test_texts_are_bytes_unless_a_tokenizer_is_given(
     lines: Lines, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, out = tmp_path / "model", tmp_path / "study.json"
-    model.mkdir()
-    write_demo_model(model)
-    trace = lines({"text": " once there was a house"}, {"text": " once there was a horse"})
+    out, texts = tmp_path / "study.json", ("badge of Rania Blake: 9074", "badge of Rania Blake: 9075")
+    first, second = map(Tokenizer(CHECKPOINT).encode, texts)
+    same = int(np.argmin(first == second))
+    assert 5 < same < len(first) == len(second) < len(texts[0])
+    trace = lines(*({"text": text} for text in texts))
     totals = []
-    for options in ([], ["--tokenizer", str(model)]):
+    for options in ([], ["--tokenizer", str(CHECKPOINT)]):
         assert main(["study", str(trace), "--json", str(out), *options]) == 0
         document = json.loads(out.read_text())
         totals.append((document["prompt_tokens"]["total"], document["sharing"]["distinct_tokens"]))
-        assert document["settings"]["tokenizer"] == (str(model) if options else None)
-    assert totals[0] == (2 * 23, 23 + 3), "the last three bytes differ"
-    assert totals[1] == (2 * 6, 6 + 1), "a beginning and five words each, the last one differs"
+        assert document["settings"]["tokenizer"] == (str(CHECKPOINT) if options else None)
+    assert totals[0] == (2 * 26, 26 + 1), "the last byte differs"
+    assert totals[1] == (2 * len(first), 2 * len(first) - same)
 
 
 def test_a_compressed_file_of_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
