@@ -36,7 +36,6 @@ LEAVES = {
     "progress",
     "health",
     "demo",
-    "demo_model",
     "__init__",
 }
 FORBIDDEN_IN_SCHED = {"torch", "anyio", "asyncio", "trio", "threading", "time", "socket", "os", "random"}

@@ -20,7 +20,7 @@ import anyio
 import pytest
 
 from preble.cli import main, make_parser
-from preble.demo_model import write_demo_model
+from preble.demo import CHECKPOINT
 from preble.sched import POLICIES
 
 ROOT = Path(__file__).parent.parent
@@ -111,19 +111,11 @@ def rows(text: str, heading: str) -> dict[str, list[str]]:
     return {first.strip("`"): rest for first, *rest in lines}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for those examples that say `path/to/model`."""
-    folder = tmp_path_factory.mktemp("model")
-    write_demo_model(folder)
-    return folder
-
-
 @pytest.fixture
-def workplace(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory but for the files that examples read: a model and two traces."""
     (tmp_path / "path" / "to").mkdir(parents=True)
-    (tmp_path / "path" / "to" / "model").symlink_to(model)
+    (tmp_path / "path" / "to" / "model").symlink_to(CHECKPOINT)
     prompts = [
         {"t": n / 4, "text": f"You are a helpful assistant. Question {n}?", "output_tokens": 8} for n in range(8)
     ]
