@@ -24,6 +24,7 @@ VALUES = {
     "POLICIES": "preble.sched.policies.POLICIES",
     "PRESETS": "preble.sched.cost_presets.PRESETS",
     "Event": "preble.sched.events.Event",
+    "CHECKPOINT": "preble.demo.checkpoint.CHECKPOINT",
     "FORMATS": "preble.sim.traces.reading.FORMATS",
     "WORKLOADS": "preble.sim.workloads.make.WORKLOADS",
 }
