@@ -22,7 +22,7 @@ autodoc_member_order = "bysource"
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 120
 
-# Names of other projects, for which intersphinx would need the network; a type variable; what the machine compares with.
+# Names of other projects, for which intersphinx would need the network; a type variable; what the machine compares to.
 nitpick_ignore_regex = [
     ("py:.*", r"(abc|collections|hypothesis|numpy|os|pathlib|types|typing)\..*"),
     ("py:.*", r"PathLike|NDArray\[.*\]|SearchStrategy"),
