@@ -46,8 +46,8 @@ def new_network() -> LlamaForCausalLM:
         pad_token_id=tokenizer.token_to_id(PAD),
     )
     network = LlamaForCausalLM(config)
-    network.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    network.generation_config = GenerationConfig.from_dict(
+        {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     )
     _initialise(network)
     return network
