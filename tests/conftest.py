@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import pkgutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import preble
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, which some of them send to programs of theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test fails because the machine is slow.
 settings.register_profile(

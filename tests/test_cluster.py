@@ -474,7 +474,7 @@ async def test_bad_cluster_arguments_are_refused_at_once(options: dict[str, Any]
         ({"dtype": "int8"}, preble.PrebleError, "int8"),
         ({"kv_memory": "lots"}, preble.InvalidRequest, "2GiB"),
         ({"kv_memory": 16}, preble.DeviceError, "not one page"),
-        ({"kv_memory": "900TiB"}, preble.InvalidRequest, "2GiB"),
+        ({"kv_memory": "900 apples"}, preble.InvalidRequest, "2GiB"),
         ({"kv_memory": "900000GiB"}, preble.DeviceError, "GiB free"),
         ({"devices": ["cuda:7"]}, preble.DeviceError, "cuda:7"),
         ({"devices": ["gpu"]}, preble.DeviceError, "not a device name"),

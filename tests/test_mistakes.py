@@ -201,6 +201,8 @@ def test_a_mistake_on_the_command_line(
         shutil.copy(ROOT / "Makefile", tmp_path)
         for needed in ("pyproject.toml", "constraints.txt"):
             (tmp_path / needed).touch()
+        for name in ("MAKEFLAGS", "MAKELEVEL"):  # the tests are run by make themselves
+            monkeypatch.delenv(name, raising=False)
         done = subprocess.run(["make", *old], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode != 0
         mistake.must_be(done.stdout)
