@@ -9,8 +9,9 @@ PARALLEL := --numprocesses $(JOBS) --maxprocesses 4
 
 # What a shell has set up for another environment has no say in this one.
 unexport PYTHONHOME PYTHONPATH PYTHONSTARTUP PYTHONUSERBASE VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER
-# Modules are compiled when they are first imported: most of torch's and transformers' never are, and to compile all of
-# them would take half of the installation.
+# Modules are compiled when they are first imported, and kept: most of torch's and transformers' never are, and to compile
+# all of them would take half of the installation.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: help install demo test test-long lint docs bench bench-sched bench-fidelity bench-sim bench-workers clean
