@@ -18,7 +18,7 @@ import preble
 from preble.demo import Handbook
 
 HANDBOOK = Handbook.generate(seed=5, facts=60)
-QUESTIONS = list(islice(HANDBOOK.questions(seed=1), 12))
+QUESTIONS = list(islice(HANDBOOK.questions(seed=3), 12))
 
 
 class QuotaExceeded(Exception):
