@@ -25,8 +25,8 @@ from preble.sched.sequence import Sequence
 
 pytestmark = pytest.mark.anyio
 
-REQUESTS = 1_500
-"""Under each of the two event loops: as many as take it to find each of the moments below several times."""
+REQUESTS = 5_000
+"""Under each of the two event loops."""
 AT_ONCE = 100
 MAX_PENDING = 60
 TEXT = "You are a helpful assistant. Answer briefly and to the point, in words that everybody knows. " * 40

@@ -445,8 +445,7 @@ def report(progress: Progress, injector: Injector, chronicle: Chronicle, began: 
     return "\n".join(lines)
 
 
-A_FEW = ["kill", "stop", "lost frame from it", "flipped probe"]
-SOME_OTHERS = ["exhaust", "repeated frame to it", "kill while it loads", "raise"]
+A_FEW = ["exhaust", "repeated frame to it", "kill while it loads", "raise"]
 EACH_TWICE = [
     *("raise", "kill", "flipped frame from it", "kill while it loads", "stop", "exhaust", "cut frame to it", "raise"),
     *("repeated frame from it", "exhaust", "flipped probe", "stop", "kill all", "lost frame to it"),
@@ -454,21 +453,13 @@ EACH_TWICE = [
 """… at least; and a damaged frame in each of four ways."""
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_nothing_is_lost(
-    llama: Path, some_texts: dict[str, list[Text]], flawed: None, anyio_backend: str
-) -> None:
-    await chaos(llama, some_texts, anyio_backend, requests=50, rounds=[A_FEW], every=8, seed=1)
-
-
 @pytest.mark.parametrize("anyio_backend", ["trio"])
 async def test_nothing_is_lost_under_trio(
     llama: Path, some_texts: dict[str, list[Text]], flawed: None, anyio_backend: str
 ) -> None:
-    await chaos(llama, some_texts, anyio_backend, requests=50, rounds=[SOME_OTHERS], every=8, seed=2)
+    await chaos(llama, some_texts, anyio_backend, requests=50, rounds=[A_FEW], every=8, seed=2)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_nothing_of_a_thousand_is_lost(
     llama: Path, texts: dict[str, list[Text]], flawed: None, anyio_backend: str

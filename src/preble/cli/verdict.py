@@ -37,17 +37,19 @@ def verdict(one: Burst, other: Burst) -> str:
 def _tokens(ratio: float) -> str:
     if round(ratio, 2) == 1:
         return "as many tokens computed"
-    if ratio >= 2:
-        return f"{ratio:.1f} times as many tokens computed"
-    return f"{abs(1 - ratio):.0%} {'fewer' if ratio < 1 else 'more'} tokens computed"
+    return f"{_change(ratio, 'fewer', 'more', 'as many')} tokens computed"
 
 
 def _ttft(ratio: float) -> str:
     if round(ratio, 2) == 1:
         return "the same mean TTFT"
+    return f"a mean TTFT {_change(ratio, 'shorter', 'longer', 'as long')}"
+
+
+def _change(ratio: float, less: str, more: str, times: str) -> str:
     if ratio >= 2:
-        return f"a mean TTFT {ratio:.1f} times as long"
-    return f"a mean TTFT {abs(1 - ratio):.0%} {'shorter' if ratio < 1 else 'longer'}"
+        return f"{ratio:.1f} times {times}"
+    return f"{abs(1 - ratio):.0%} {less if ratio < 1 else more}"
 
 
 def _right(one: Burst, other: Burst) -> str:
